@@ -1,0 +1,383 @@
+"""Attaching a method to a base model, and everything an attached adapter can do. Knows no method and no model class.
+
+The model stays the object it was. All trained tensors live in one registered sub-module, `model.trimtab`; what acts on
+the forward pass are hooks and the registered attention function, and detaching takes them away again.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from trimtab.arch import FAMILIES, supports
+from trimtab.attention import AttentionSetting, install_kv
+from trimtab.contract import Context, Method
+from trimtab.errors import UserError, unknown
+from trimtab.task_head import HeadCopy
+from trimtab.hooks import DetachInput, Switch, install_head, install_linear
+from trimtab.methods import METHODS
+from trimtab.methods.spec import parse_method
+from trimtab.sites import EmbedsSite, HeadSite, KVSite, LinearSite, Site, Sites
+from trimtab.virtual import PositionsFromMask, install_embeds, takes_positions
+
+INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
+    LinearSite: install_linear,
+    KVSite: install_kv,
+    EmbedsSite: install_embeds,
+    HeadSite: install_head,
+}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Adapter:
+    """One method attached to one base model under one name: a handle on what `model.trimtab` holds.
+
+    Attributes: `model`, `name`, `method`.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str):
+        self.model, self.name = model, name
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.method!r})"
+
+    @property
+    def _entry(self) -> Entry:
+        attachments = _attachments(self.model)
+        if self.name not in attachments.entries:
+            raise UserError(f"the adapter {self.name!r} is no longer attached")
+        return attachments.entries[self.name]  # type: ignore[return-value]
+
+    @property
+    def method(self) -> Method:
+        """The method that this adapter trains."""
+        return self._entry.method
+
+    @property
+    def active(self) -> bool:
+        """Whether this is the adapter that acts on the model at present."""
+        return self._entry.switch.on
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained tensors, the task head's included."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained tensors by name; of full fine-tuning the base model's."""
+        return self._trained().named_parameters()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The trained tensors (not folded), detached, by name."""
+        return dict(self._trained().state_dict())
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors in. Raises UserError listing every missing, unexpected or mis-shaped one; then nothing changed."""
+        own = self.state_dict()
+        check_tensors(own, state)
+        with torch.no_grad():
+            for key, tensor in state.items():
+                own[key].copy_(tensor)
+
+    def activate(self) -> None:
+        """Make this the adapter that acts; the others stay attached, their `requires_grad` as it was."""
+        _attachments(self.model).use(self._entry.name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the frozen base; hooks stay in place."""
+        attachments = _attachments(self.model)
+        before = attachments.active
+        attachments.use(None)
+        try:
+            yield
+        finally:
+            attachments.use(before)
+
+    def fold(self) -> None:
+        """Turn the trained form into the inference form: generators discarded, mixtures averaged. Same outputs."""
+        entry = self._entry
+        if not any(hasattr(part, "fold") for part in entry.parts.values()):
+            return
+        entry.uninstall()
+        folded = {key: part.fold() if hasattr(part, "fold") else part for key, part in entry.parts.items()}
+        entry.parts = nn.ModuleDict(folded)
+        entry.method = getattr(entry.method, "folded", lambda: entry.method)()
+        entry.install()
+
+    def merge(self) -> PreTrainedModel:
+        """Write the adapter into the base weights and detach it; returns the model.
+
+        Raises UserError for methods that cannot be merged and for quantised weights; then nothing changed.
+        """
+        entry = self._entry
+        if not entry.method.mergeable:
+            raise UserError(f"{entry.method.name} cannot be merged: it is no change of the base's weights")
+        self.fold()
+        updates = [_merged(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, LinearSite)]
+        heads = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, HeadSite)]
+        self.detach()
+        for write in updates:
+            write()
+        for site, part in heads:
+            part.write_into(site.module)  # type: ignore[operator]
+        return self.model
+
+    def detach(self) -> PreTrainedModel:
+        """Take the adapter off; after the last one the base model is what it was, bit for bit. Returns the model."""
+        attachments = _attachments(self.model)
+        attachments.remove(self._entry)
+        if not attachments.entries:
+            attachments.restore()
+            del self.model.trimtab
+        return self.model
+
+    def save(self, folder: str | Path, *, task: Mapping[str, Any] | None = None) -> Path:
+        """Write `adapter_config.json` and `adapter_model.safetensors` (folded) into `folder`, atomically."""
+        from trimtab.checkpoint import save_adapter
+
+        return save_adapter(self, Path(folder), task=task)
+
+    def _trained(self) -> nn.Module:
+        return self.model if getattr(self.method, "whole_model", False) else self._entry.parts
+
+
+class Entry(nn.Module):
+    """One adapter's parts, hooks and switch."""
+
+    def __init__(self, name: str, method: Method, parts: Mapping[Site, nn.Module], attachments: Attachments):
+        super().__init__()
+        self.name, self.method = name, method
+        self.sites = tuple(parts)
+        self.parts = nn.ModuleDict({site.key: _placed(site, part) for site, part in parts.items()})
+        self.switch = Switch()
+        self.handles: list[Any] = []
+        self.first_layers = _detachable(self.sites, attachments.sites)
+        self.uses_attention = any(
+            isinstance(site, KVSite) or (isinstance(site, EmbedsSite) and site.insert == "shared") for site in parts
+        )
+
+    def install(self) -> None:
+        """Put the hooks in place."""
+        for site in self.sites:
+            self.handles += INSTALLERS[type(site)](site, self.parts[site.key], self.switch)
+        for layer in self.first_layers:
+            self.handles.append(layer.register_forward_pre_hook(DetachInput(self.switch), with_kwargs=True))
+
+    def uninstall(self) -> None:
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+class Attachments(nn.Module):
+    """Everything trimtab keeps on one model; registered as `model.trimtab`."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.entries = nn.ModuleDict()
+        self.active: str | None = None
+        _own_configs(model)
+        self.sites = Sites(model)
+        self.attention = AttentionSetting(self.sites.kv)
+        self.switches: list[Switch] = []
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.dropouts = list(_dropouts(model))
+        self.handles = list(_position_hooks(self.sites, self.switches))
+        for parameter in self.trainable:
+            parameter.requires_grad_(False)
+        for module, name, _ in self.dropouts:
+            setattr(module, name, 0.0)
+
+    def add(self, entry: Entry) -> None:
+        """Install an adapter and make it the active one."""
+        if entry.uses_attention:
+            self.attention.acquire()
+        try:
+            entry.install()
+        except BaseException:
+            entry.uninstall()
+            if entry.uses_attention:
+                self.attention.release()
+            raise
+        self.entries[entry.name] = entry
+        self.switches.append(entry.switch)
+        self.use(entry.name)
+
+    def remove(self, entry: Entry) -> None:
+        """Uninstall an adapter; if it was the active one, none is."""
+        entry.uninstall()
+        self.switches.remove(entry.switch)
+        del self.entries[entry.name]
+        if self.active == entry.name:
+            self.use(None)
+        if entry.uses_attention:
+            self.attention.release()
+
+    def use(self, name: str | None) -> None:
+        """Switch to the adapter of this name, or to the frozen base."""
+        self.active = name
+        for key, entry in self.entries.items():
+            entry.switch.on = key == name  # type: ignore[union-attr]
+        self.attention.set(name is not None and self.entries[name].uses_attention)  # type: ignore[arg-type]
+
+    def restore(self) -> None:
+        """Give the base model back its hooks, dropout and `requires_grad`."""
+        for handle in self.handles:
+            handle.remove()
+        for module, name, value in self.dropouts:
+            setattr(module, name, value)
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+
+
+def attach(
+    model: PreTrainedModel,
+    method: Method | str,
+    name: str = "default",
+    *,
+    tokenizer: Any = None,
+    labels: Sequence[str] = (),
+) -> Adapter:
+    """Attach a method to a model: freezes the base, adds the method's trained tensors, makes the adapter active.
+
+    `method` is a method dataclass or a method string such as "lora[r=8]". A task head (classifier, score) is trained
+    along with any method, as a copy of the adapter's own. `tokenizer` and `labels` serve methods that start from text.
+
+    Raises UserError for an unsupported family or pair, a target that matches nothing, a name that is taken, and a
+    model wrapped in nn.DataParallel; then the model is as it was.
+    """
+    _check_model(model, name)
+    method = parse_method(method)
+    first = not isinstance(getattr(model, "trimtab", None), Attachments)
+    attachments = Attachments(model) if first else _attachments(model)
+    try:
+        _check_pair(attachments, method, name)
+        if getattr(method, "whole_model", False):
+            return _attach_whole(model, attachments, method, name)
+        parts = dict(method.build(attachments.sites, Context(tokenizer, labels)))
+        if not getattr(method, "own_head", False):
+            parts |= {site: HeadCopy.of(site) for site in attachments.sites.task_head if site not in parts}
+        attachments.add(Entry(name, method, parts, attachments))
+    except BaseException:
+        if first:
+            attachments.restore()
+        raise
+    model.trimtab = attachments
+    return Adapter(model, name)
+
+
+def adapters(model: PreTrainedModel) -> dict[str, Adapter]:
+    """The adapters attached to a model, by name."""
+    if not isinstance(getattr(model, "trimtab", None), Attachments):
+        return {}
+    return {name: Adapter(model, name) for name in model.trimtab.entries}
+
+
+def supported(kinds: frozenset[str]) -> list[str]:
+    """The families that have all of these site kinds."""
+    return [family.name for family in FAMILIES.values() if supports(kinds, family)]
+
+
+def check_tensors(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError that lists every missing, unexpected and mis-shaped tensor."""
+    faults = [f"missing {key}" for key in own if key not in given]
+    faults += [f"unexpected {key}" for key in given if key not in own]
+    faults += [
+        f"{key} has shape {list(given[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    if faults:
+        raise UserError("the tensors do not fit the adapter: " + "; ".join(faults))
+
+
+def _check_model(model: Any, name: str) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise UserError("nn.DataParallel copies hooks wrongly; use DistributedDataParallel (torchrun) or one device")
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"attach needs a transformers model, not a {type(model).__name__}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"the adapter name {name!r} may only have letters, digits, - and _")
+    if hasattr(nn.ModuleDict, name):
+        raise UserError(f"the adapter name {name!r} is a word that torch keeps for itself; choose another name")
+
+
+def _check_pair(attachments: Attachments, method: Method, name: str) -> None:
+    if name in attachments.entries:
+        raise UserError(f"an adapter named {name!r} is attached already; detach it or choose another name")
+    family = attachments.sites.family
+    if not supports(method.kinds, family):
+        working = [other.name for other in METHODS.values() if supports(other.kinds, family)]
+        raise UserError(f"{method.name} does not work on {family.name}; methods that do: {', '.join(working)}")
+
+
+def _attach_whole(model: PreTrainedModel, attachments: Attachments, method: Method, name: str) -> Adapter:
+    if attachments.entries:
+        raise UserError(f"{method.name} changes the base model; detach the other adapters first")
+    attachments.add(Entry(name, method, {}, attachments))
+    for parameter in attachments.trainable:
+        parameter.requires_grad_(True)
+    model.trimtab = attachments
+    return Adapter(model, name)
+
+
+def _attachments(model: PreTrainedModel) -> Attachments:
+    attachments = getattr(model, "trimtab", None)
+    if not isinstance(attachments, Attachments):
+        raise UserError("nothing is attached to this model")
+    return attachments
+
+
+def _placed(site: Site, part: nn.Module) -> nn.Module:
+    """The part on its site's device; in float32 where the base is in half precision."""
+    module = site.body if isinstance(site, EmbedsSite) else site.module
+    reference = next(module.parameters())
+    return part.to(device=reference.device, dtype=torch.float32 if reference.dtype in _HALF else None)
+
+
+def _detachable(claimed: Sequence[Site], sites: Sites) -> list[nn.Module]:
+    """The first layer of every stack below which nothing is trained."""
+    below = {site.stack for site in claimed if site.layer < 0}
+    return [layers[0] for stack, layers in sites.layer_modules.items() if stack not in below and layers]
+
+
+def _merged(site: LinearSite, part: nn.Module) -> Callable[[], None]:
+    """Computes the merged weight now, so that a refusal comes before any change; the call writes it."""
+    bias = site.bias()
+    with torch.no_grad():
+        new = part.merged(site.weight().float(), None if bias is None else bias.float())  # type: ignore[operator]
+    return lambda: site.write(*new)
+
+
+def _own_configs(model: PreTrainedModel) -> None:
+    """Give the model config objects that no other model shares, keeping what is shared inside it."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, memo))
+
+
+def _dropouts(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, float]]:
+    """Every dropout and layer-drop probability of the base: modules' `p` and float attributes (functional dropout)."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            names_dropout = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+            if names_dropout and isinstance(value, float):
+                yield module, name, value
+
+
+def _position_hooks(sites: Sites, switches: list[Switch]) -> Iterator[Any]:
+    for site in sites.embeds:
+        if site.insert == "shared" and takes_positions(site.body):
+            hook = PositionsFromMask(switches)
+            yield site.body.register_forward_pre_hook(hook, with_kwargs=True)

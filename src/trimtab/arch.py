@@ -1,0 +1,312 @@
+"""Where a model's sites are: module names, one small dataclass a family. Knows nothing of methods or tensors' values.
+
+A family is found by `config.model_type`. Its module names are checked against the real module tree when a method is
+attached, so a renamed module is one clear error and not a silent no-op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from trimtab.errors import UserError, unknown
+
+KINDS = ("linear", "activation", "norm", "kv", "embeds", "states", "head")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One of several projections that share a module, e.g. the keys of GPT-2's `c_attn`."""
+
+    path: str
+    """Module path inside the layer."""
+    parts: tuple[str, ...]
+    """What the module computes, in order, e.g. ("q", "k", "v")."""
+    part: str
+    """Which of them this is."""
+    interleaved: bool = False
+    """True where the parts alternate head by head (gpt_neox, bloom) instead of lying one after the other."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One run of equal layers: a decoder, an encoder, a vision tower."""
+
+    layers: str
+    """Path of the ModuleList of layers, from the family's root."""
+    attention: str
+    """Path of the self-attention module (the one that calls the attention interface) inside a layer."""
+    linears: Mapping[str, str | Fused]
+    """Role (q, k, v, o, up, gate, down) -> module path inside a layer; `a|b` names alternatives."""
+    name: str = ""
+    """Empty for the only stack of a model, else "encoder" or "decoder"."""
+    body: str = ""
+    """Path of the module whose `forward` receives `input_ids` for this stack, from the family's root."""
+    embeds: str | None = None
+    """Path of the token embedding, from the body; None where the input is no text."""
+    insert: str | None = None
+    """How virtual tokens get in: "shared" (keys and values, run once), "tokens" (embeddings put in front), "states"
+    (hidden states put in front of the first layer: vision, audio) or None (this stack takes none)."""
+    positions: str = "rotary"
+    """"rotary" (relative: virtual tokens sit at -P…-1), "learned" (text is shifted by P), "padded" (learned, and
+    numbered from the padding index as RoBERTa does) or "implicit" (the model counts positions by itself)."""
+    cross: str | None = None
+    """Path of the cross-attention module inside a layer."""
+    cross_linears: Mapping[str, str] = field(default_factory=dict)
+    """Role -> module path of the cross-attention's projections."""
+    head_dim: str = "head_dim"
+    """Attribute of the attention module that holds the head width."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything trimtab knows about one model family."""
+
+    name: str
+    stacks: tuple[Stack, ...]
+    roots: tuple[str, ...] = ("",)
+    """Paths, from `model.base_model`, at which the stacks' names start; the first that exists counts."""
+    interface: bool = True
+    """Whether its attention goes through transformers' AttentionInterface (sites of kind `kv` need it)."""
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The site kinds that this family has."""
+        without_kv = set(KINDS) - ({"kv"} if not self.interface else set())
+        has_embeds = any(stack.insert for stack in self.stacks)
+        return frozenset(without_kv if has_embeds else without_kv - {"embeds"})
+
+
+def _fused(path: str, *parts: str, interleaved: bool = False) -> dict[str, Fused]:
+    return {part: Fused(path, parts, part, interleaved) for part in parts}
+
+
+def _attention(path: str, names: str) -> dict[str, str]:
+    """`_attention("self_attn", "q_proj k_proj v_proj o_proj")` -> role to path."""
+    return {role: f"{path}.{name}" for role, name in zip("qkvo", names.split(), strict=True)}
+
+
+_LLAMA_LINEARS = _attention("self_attn", "q_proj k_proj v_proj o_proj") | {
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_LLAMA = Stack(layers="layers", attention="self_attn", linears=_LLAMA_LINEARS, embeds="embed_tokens", insert="shared")
+_PHI3 = Stack(
+    layers="layers",
+    attention="self_attn",
+    linears={
+        **_fused("self_attn.qkv_proj", "q", "k", "v"),
+        "o": "self_attn.o_proj",
+        **_fused("mlp.gate_up_proj", "gate", "up"),
+        "down": "mlp.down_proj",
+    },
+    embeds="embed_tokens",
+    insert="shared",
+)
+_GPT2 = Stack(
+    layers="h",
+    attention="attn",
+    linears={
+        **_fused("attn.c_attn", "q", "k", "v"),
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
+    embeds="wte",
+    insert="shared",
+    positions="learned",
+)
+_NEOX = Stack(
+    layers="layers",
+    attention="attention",
+    linears={
+        **_fused("attention.query_key_value", "q", "k", "v", interleaved=True),
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    },
+    embeds="embed_in",
+    insert="shared",
+    head_dim="head_size",
+)
+_OPT = Stack(
+    layers="layers",
+    attention="self_attn",
+    linears=_attention("self_attn", "q_proj k_proj v_proj out_proj") | {"up": "fc1", "down": "fc2"},
+    embeds="embed_tokens",
+    insert="shared",
+    positions="learned",
+)
+_BLOOM = Stack(
+    layers="h",
+    attention="self_attention",
+    linears={
+        **_fused("self_attention.query_key_value", "q", "k", "v", interleaved=True),
+        "o": "self_attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    },
+    embeds="word_embeddings",
+    insert="tokens",
+    positions="implicit",
+)
+
+
+def _bert(positions: str = "implicit") -> Stack:
+    return Stack(
+        layers="encoder.layer",
+        attention="attention.self",
+        linears={
+            "q": "attention.self.query",
+            "k": "attention.self.key",
+            "v": "attention.self.value",
+            "o": "attention.output.dense",
+            "up": "intermediate.dense",
+            "down": "output.dense",
+        },
+        embeds="embeddings.word_embeddings",
+        insert="tokens",
+        positions=positions,
+        head_dim="attention_head_size",
+    )
+
+
+_DISTILBERT = Stack(
+    layers="transformer.layer",
+    attention="attention",
+    linears=_attention("attention", "q_lin k_lin v_lin out_lin") | {"up": "ffn.lin1", "down": "ffn.lin2"},
+    embeds="embeddings.word_embeddings",
+    insert="tokens",
+    positions="implicit",
+    head_dim="attention_head_size",
+)
+_MODERNBERT = Stack(
+    layers="layers",
+    attention="attn",
+    linears={
+        **_fused("attn.Wqkv", "q", "k", "v"),
+        "o": "attn.Wo",
+        **_fused("mlp.Wi", "up", "gate"),
+        "down": "mlp.Wo",
+    },
+    embeds="embeddings.tok_embeddings",
+    insert="tokens",
+    positions="implicit",
+)
+
+
+def _t5(name: str, feed_forward: int, cross: str | None, insert: str | None) -> Stack:
+    return Stack(
+        name=name,
+        layers=f"{name}.block",
+        attention="layer.0.SelfAttention",
+        linears=_attention("layer.0.SelfAttention", "q k v o")
+        | {
+            "gate": f"layer.{feed_forward}.DenseReluDense.wi_0",
+            "up": f"layer.{feed_forward}.DenseReluDense.wi_1|layer.{feed_forward}.DenseReluDense.wi",
+            "down": f"layer.{feed_forward}.DenseReluDense.wo",
+        },
+        body=name,
+        embeds="embed_tokens",
+        insert=insert,
+        positions="implicit",
+        cross=cross,
+        cross_linears=_attention(cross, "q k v o") if cross else {},
+        head_dim="key_value_proj_dim",
+    )
+
+
+def _bart(name: str, insert: str | None) -> Stack:
+    cross = "encoder_attn" if name == "decoder" else None
+    return Stack(
+        name=name,
+        layers=f"{name}.layers",
+        attention="self_attn",
+        linears=_attention("self_attn", "q_proj k_proj v_proj out_proj") | {"up": "fc1", "down": "fc2"},
+        body=name,
+        embeds=None if insert == "states" else "embed_tokens",
+        insert=insert,
+        positions="implicit",
+        cross=cross,
+        cross_linears=_attention(cross, "q_proj k_proj v_proj out_proj") if cross else {},
+    )
+
+
+def _vision(layers: str, attention: str, out: str) -> Stack:
+    return Stack(
+        layers=layers,
+        attention=attention,
+        linears=_attention(attention, f"q_proj k_proj v_proj {out}") | {"up": "mlp.fc1", "down": "mlp.fc2"},
+        insert="states",
+        positions="implicit",
+    )
+
+
+def _families() -> Iterator[Family]:
+    for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
+        yield Family(name, (_LLAMA,))
+    yield Family("phi3", (_PHI3,))
+    yield Family("gpt2", (_GPT2,))
+    yield Family("gpt_neox", (_NEOX,))
+    yield Family("opt", (_OPT,), roots=("decoder",))
+    yield Family("bloom", (_BLOOM,), interface=False)
+    yield Family("bert", (_bert(),))
+    yield Family("roberta", (_bert("padded"),))
+    yield Family("electra", (_bert(),))
+    yield Family("distilbert", (_DISTILBERT,))
+    yield Family("modernbert", (_MODERNBERT,))
+    yield Family("t5", (_t5("encoder", 1, None, "tokens"), _t5("decoder", 2, "layer.1.EncDecAttention", None)))
+    yield Family("bart", (_bart("encoder", "tokens"), _bart("decoder", None)))
+    yield Family("whisper", (_bart("encoder", "states"), _bart("decoder", None)))
+    yield Family("vit", (_vision("layers", "attention", "o_proj"),))
+    yield Family("dinov2", (_vision("encoder.layer", "attention", "o_proj"),))
+    for name in ("clip", "clip_vision_model"):
+        yield Family(name, (_vision("encoder.layers", "self_attn", "out_proj"),), roots=("vision_model", ""))
+
+
+FAMILIES: dict[str, Family] = {family.name: family for family in _families()}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `config.model_type`. Raises UserError where trimtab has none."""
+    if model_type not in FAMILIES:
+        raise unknown("the model family", model_type, FAMILIES)
+    return FAMILIES[model_type]
+
+
+def supports(kinds: frozenset[str], family: Family) -> bool:
+    """Whether a method that needs these site kinds works on this family."""
+    return kinds <= family.kinds
+
+
+def select_layers(spec: str | None, count: int) -> list[int]:
+    """Layer numbers that `spec` names out of `count`: None (all), "3", "-10:", "0:4", "0,2,-1".
+
+    Raises UserError for a layer that does not exist and for a selection that names none.
+    """
+    if spec is None:
+        return list(range(count))
+    chosen: set[int] = set()
+    for piece in str(spec).split(","):
+        chosen.update(_piece(piece.strip(), spec, count))
+    if not chosen:
+        raise UserError(f"layers={spec!r} names no layer; this model has layers 0 to {count - 1}")
+    return sorted(chosen)
+
+
+def _piece(piece: str, spec: str, count: int) -> range | list[int]:
+    start, colon, stop = piece.partition(":")
+    try:
+        low = int(start) if start else None
+        high = int(stop) if stop else None
+    except ValueError:
+        raise UserError(f"layers={spec!r} is no layer selection; write for example 3, -10:, 0:4 or 0,2,5") from None
+    for number in (low, high):
+        if number is not None and not -count <= number <= count - (0 if colon else 1):
+            raise UserError(f"layers={spec!r} is out of range; this model has layers 0 to {count - 1}")
+    if colon:
+        return range(count)[low:high]
+    if low is None:
+        raise UserError(f"layers={spec!r} is no layer selection; write for example 3, -10:, 0:4 or 0,2,5")
+    return [low % count]

@@ -1,0 +1,216 @@
+"""The registered attention function: prefixes and gated context at `kv` sites. Knows no method and no model class.
+
+transformers hands every attention-interface model's q, k, v (after rotary positions, after the cache was updated) to a
+registered function. Ours puts prefix keys and values in front, delegates to the implementation that the model had, and
+adds gated context to what comes back. The text's mask is always made in full, because a mask that was skipped as
+"plain causal" would crop the keys to the query's length once a prefix stands in front of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trimtab.errors import UserError
+from trimtab.hooks import Switch
+from trimtab.sites import KVSite
+
+NAME = "trimtab"  # names that contain "sdpa" or "flash" are treated specially by transformers
+_SLOT = "trimtab_slot"
+
+Recorded = tuple[torch.Tensor, torch.Tensor]  # keys, values [1, kv_heads, P, head_dim]
+
+
+class Source:
+    """Where one adapter's prefix or context at one attention comes from."""
+
+    def __init__(self, part: Any, switch: Switch, follows_window: bool = False):
+        self.part, self.switch = part, switch
+        self.follows_window = follows_window
+        """Virtual tokens fall out of a sliding window as ordinary tokens would; prefixes are always visible."""
+
+
+class Slot:
+    """What trimtab keeps at one attention module."""
+
+    def __init__(self, previous: str):
+        self.previous = previous
+        self.sources: list[Source] = []
+        self.recorder: list[Recorded] | None = None
+
+    def active(self, what: str) -> Iterator[Source]:
+        """The switched-on sources that have a method of this name."""
+        return (source for source in self.sources if source.switch.on and hasattr(source.part, what))
+
+    def delegate(self, module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
+        """The attention function that the model had."""
+        if self.previous == "eager":
+            return sys.modules[type(module).__module__].eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS[self.previous]
+
+
+class AttentionSetting:
+    """Turns the registered function on and off for the attention modules of one model."""
+
+    def __init__(self, kv: Iterable[KVSite]):
+        self.modules = [site.module for site in kv]
+        configs = {id(module.config): module.config for module in self.modules}
+        self.previous = [(config, config._attn_implementation) for config in configs.values()]
+        self.users = 0
+
+    def acquire(self) -> None:
+        """Make room at every attention module; the first user creates the slots."""
+        self.users += 1
+        if self.users > 1:
+            return
+        for _, name in self.previous:
+            if "flash" in name or "flex" in name:
+                self.users = 0
+                raise UserError(f"keys and values cannot be added under {name} attention; load the model with sdpa or eager")
+        for module in self.modules:
+            setattr(module, _SLOT, Slot(module.config._attn_implementation))
+
+    def release(self) -> None:
+        """The last user takes the slots away."""
+        self.users -= 1
+        if self.users == 0:
+            self.set(False)
+            for module in self.modules:
+                delattr(module, _SLOT)
+
+    def set(self, on: bool) -> None:
+        """Use the registered function, or what the model had."""
+        for config, previous in self.previous:
+            config._attn_implementation = NAME if on else previous
+
+
+class KVHandle:
+    """Takes one source away again."""
+
+    def __init__(self, module: nn.Module, source: Source):
+        self.module, self.source = module, source
+
+    def remove(self) -> None:
+        """Remove the source from its slot."""
+        slot_of(self.module).sources.remove(self.source)
+
+
+def slot_of(module: nn.Module) -> Slot:
+    """The slot of an attention module."""
+    return getattr(module, _SLOT)
+
+
+def install_kv(site: KVSite, part: Any, switch: Switch, follows_window: bool = False) -> list[Any]:
+    """Give an attention a source of prefix keys and values, or of context."""
+    source = Source(part, switch, follows_window)
+    slot_of(site.module).sources.append(source)
+    return [KVHandle(site.module, source)]
+
+
+@contextmanager
+def recording(modules: Iterable[nn.Module]) -> Iterator[list[Recorded]]:
+    """Inside, the keys and values of each attention are written down in call order; no prefix is put in front."""
+    record: list[Recorded] = []
+    slots = [slot_of(module) for module in modules]
+    for slot in slots:
+        slot.recorder = record
+    try:
+        yield record
+    finally:
+        for slot in slots:
+            slot.recorder = None
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """context = attend(q, [k_p ; k], [v_p ; v]) + Σ gated context.
+
+    Shapes: query [B, heads, n, head_dim], key and value [B, kv_heads, m, head_dim], mask [B, 1, n, m] or None
+    (everything visible); returns the context [B, n, heads, head_dim].
+    """
+    slot = slot_of(module)
+    if slot.recorder is not None:
+        slot.recorder.append((key, value))
+        return _call(slot, module, query, key, value, attention_mask, kwargs)
+    bias = kwargs.get("position_bias")
+    for source in slot.active("prefix"):
+        k, v = source.part.prefix()
+        visible = _visible(source, query, k.shape[-2], kwargs)
+        attention_mask = _extend(attention_mask, visible, k.shape[-2])
+        key, value = _front(k, key), _front(v, value)
+        if bias is not None:
+            bias = F.pad(bias, (k.shape[-2], 0))  # T5: prefixes have no relative position
+            kwargs["position_bias"] = bias
+    context, weights = _call(slot, module, query, key, value, attention_mask, kwargs)
+    for source in slot.active("context"):
+        context = context + source.part.context(query, kwargs.get("scaling"))
+    return context, weights
+
+
+def full_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The boolean mask [B, 1, n, m], never skipped, so that a None that is left means bidirectional."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+def _call(
+    slot: Slot,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, Any]:
+    if mask is None:
+        kwargs = {**kwargs, "is_causal": False}
+    elif slot.previous == "eager" and mask.dtype == torch.bool:
+        mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
+    return slot.delegate(module)(module, query, key, value, mask, **kwargs)
+
+
+def _front(prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """[kv_heads, P, head_dim] or [B or 1, kv_heads, P, head_dim] in front of [B, kv_heads, m, head_dim]"""
+    return torch.cat([prefix.to(text.dtype).expand(text.shape[0], -1, -1, -1), text], dim=-2)
+
+
+def _visible(source: Source, query: torch.Tensor, length: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Which of P virtual tokens each query sees [B or 1, 1, n, P]; None where all do."""
+    window = kwargs.get("sliding_window")
+    if not source.follows_window or window is None:
+        return None
+    positions = kwargs["position_ids"]  # [B or 1, n]
+    steps_back = length - torch.arange(length, device=query.device)  # virtual token j stands at position j - P
+    return (positions[:, None, :, None] + steps_back) < window
+
+
+def _extend(mask: torch.Tensor | None, visible: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The mask [B, heads or 1, n, m] with P columns in front; a mask of None already shows everything."""
+    if mask is None:
+        assert visible is None, "a sliding window always comes with a mask"
+        return None
+    batch = max(mask.shape[0], 1 if visible is None else visible.shape[0])
+    mask = mask.expand(batch, -1, -1, -1)
+    shape = (*mask.shape[:3], length)
+    columns = torch.ones(shape, dtype=torch.bool, device=mask.device) if visible is None else visible.expand(shape)
+    if mask.dtype != torch.bool:  # additive
+        columns = torch.zeros((), dtype=mask.dtype, device=mask.device).where(columns, torch.finfo(mask.dtype).min)
+    return torch.cat([columns, mask], dim=-1)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, full_mask)

@@ -1,0 +1,245 @@
+"""Adapter folders on disk: strict, atomic, safetensors only. Knows nothing of training.
+
+A folder holds `adapter_config.json` (format, method, base and its fingerprint, task) and `adapter_model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from trimtab.adapter import Adapter, attach
+from trimtab.errors import UserError
+from trimtab.methods.spec import method_from_dict, method_to_dict
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FORMAT = 1
+_SAMPLES = 1024  # elements of each tensor that enter the fingerprint
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    A crash or a full disk leaves the old file as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_folder(target: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> None:
+    """Let `fill` write into a temporary folder beside `target`, then put it in place in one step.
+
+    Raises UserError where `target` holds something and `overwrite` is not given.
+    """
+    if target.exists() and not overwrite and any(target.iterdir()):
+        raise UserError(f"{target} holds something already; choose another folder or give --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        fill(temporary)
+        temporary.chmod(0o755)
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    target.rename(old / "old")
+    try:
+        new.rename(target)
+    except OSError:
+        (old / "old").rename(target)
+        raise
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(old)
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the base's weights (without task heads and adapters), equal for float32 and bfloat16 of one model.
+
+    Of every tensor the name, the shape and up to 1,024 evenly spaced elements enter, rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    base = model.base_model
+    for name, tensor in sorted(_base_tensors(base)):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        digest.update(flat[::step][:_SAMPLES].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _base_tensors(base: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (name, parameter)
+        for name, parameter in base.named_parameters()
+        if not name.startswith("trimtab.") and parameter.is_floating_point()
+    ]
+
+
+def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | None = None) -> Path:
+    """Write an adapter's folded tensors and configuration into `folder`; returns the folder.
+
+    Full fine-tuning is written as a transformers model folder with an `adapter_config.json` beside it.
+    """
+    entry = adapter._entry
+    folder.mkdir(parents=True, exist_ok=True)
+    method = getattr(entry.method, "folded", lambda: entry.method)()
+    config = {
+        "format": FORMAT,
+        "trimtab": version("trimtab"),
+        "name": adapter.name,
+        "method": method_to_dict(method),
+        "base": describe_base(adapter.model),
+        "task": dict(task) if task is not None else None,
+    }
+    if getattr(method, "whole_model", False):
+        _save_whole(adapter.model, folder)
+    else:
+        tensors = folded_state(adapter)
+        atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, config)
+    return folder
+
+
+def folded_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The adapter's tensors in their inference form, contiguous and on the CPU; the adapter itself stays as it is."""
+    parts = adapter._entry.parts
+    folded = nn.ModuleDict({key: part.fold() if hasattr(part, "fold") else part for key, part in parts.items()})  # type: ignore[operator]
+    return {key: tensor.detach().to("cpu").contiguous() for key, tensor in folded.state_dict().items()}
+
+
+def describe_base(model: PreTrainedModel) -> dict[str, Any]:
+    """What the configuration says of the base model."""
+    return {
+        "path": model.config._name_or_path or model.name_or_path,
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "fingerprint": model_fingerprint(model),
+    }
+
+
+def _save_whole(model: PreTrainedModel, folder: Path) -> None:
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("trimtab.")}
+    model.save_pretrained(folder, state_dict=state)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of an adapter folder.
+
+    Raises UserError where there is none, where it is no JSON object, lacks a field, or is of a newer format.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is broken: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is broken: it holds no JSON object")
+    if "peft_type" in config:
+        raise UserError(f"{folder} is a peft adapter, not one of trimtab")
+    missing = [key for key in ("format", "method", "base") if key not in config]
+    if missing:
+        raise UserError(f"{path} is broken: it lacks {', '.join(missing)}")
+    if config["format"] != FORMAT:
+        raise UserError(f"{path} has format {config['format']!r}; this version of trimtab reads {FORMAT}")
+    if not isinstance(config["method"], dict) or not isinstance(config["base"], dict):
+        raise UserError(f"{path} is broken: method and base must be JSON objects")
+    return config
+
+
+def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder.
+
+    Raises UserError where the file is missing, damaged or a pickle.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        pickles = [file.name for file in Path(folder).iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        if pickles:
+            raise UserError(f"{folder} offers {pickles[0]}, a pickle file, which can run code when read; save it as safetensors")
+        raise UserError(f"{folder} has no {WEIGHTS}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def load(
+    model: PreTrainedModel,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    force: bool = False,
+) -> Adapter:
+    """Attach the adapter of a folder to a model. Touches no network.
+
+    `force` accepts a base model other than the one it was trained on. Raises UserError for a broken folder, another
+    base model, and missing, unexpected or mis-shaped tensors; then the model is as it was.
+    """
+    config = read_adapter_config(folder)
+    method = method_from_dict(config["method"])
+    if getattr(method, "whole_model", False):
+        raise UserError(f"{folder} holds a whole model, not an adapter; load it with from_pretrained")
+    tensors = read_tensors(folder)
+    if not force:
+        _check_base(model, config["base"], folder)
+    shapes = getattr(method, "for_loading", lambda: method)()  # without what only the start needs: text, labels
+    adapter = attach(model, shapes, name or str(config.get("name") or "default"))
+    try:
+        adapter.load_state_dict(tensors)
+    except BaseException:
+        adapter.detach()
+        raise
+    adapter._entry.method = method
+    return adapter
+
+
+def _check_base(model: PreTrainedModel, base: Mapping[str, Any], folder: str | Path) -> None:
+    if base.get("model_type") != model.config.model_type:
+        raise UserError(
+            f"{folder} was trained on a {base.get('model_type')} model ({base.get('path')}), this is a {model.config.model_type}"
+        )
+    if base.get("fingerprint") != model_fingerprint(model):
+        raise UserError(
+            f"{folder} was trained on another base model ({base.get('path')}): the weights differ; force=True loads it all the same"
+        )

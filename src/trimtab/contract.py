@@ -1,0 +1,74 @@
+"""What a method is: the contract between methods and the frame. Knows neither models nor how parts are installed.
+
+A method is a frozen dataclass. `build` gives each site that it claims one part, an nn.Module whose parameters are the
+trained tensors there. What the frame calls on a part depends on the site's kind:
+
+    linear   forward(x [..., in], y [..., out]) -> y'      merged(weight, bias) -> (weight, bias), if the method merges
+    kv       prefix() -> keys, values [kv_heads, P, head_dim], put in front of the text's, or
+             context(query [B, heads, n, head_dim], scaling) -> [B, n, heads, head_dim], added to the attention's output
+    embeds   forward() -> virtual tokens [P, width]
+    head     forward(hidden) -> logits, in place of the base's head
+
+Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
+describes it; a method whose start needs text has `for_loading() -> method` with the same shapes and without that need;
+`whole_model = True` marks full fine-tuning; `own_head = True` says that the method deals with the task head itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+from torch import nn
+
+from trimtab.sites import Site, Sites
+
+Parts: TypeAlias = "Mapping[Site, nn.Module]"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may ask for besides the sites."""
+
+    tokenizer: Any = None
+    """The base model's tokenizer, for methods that start from text."""
+    labels: Sequence[str] = ()
+    """The task's label words, for methods that start from them."""
+
+    def token_ids(self, text: str, wanted_by: str) -> list[int]:
+        """Token ids of `text` without special tokens. Raises UserError where there is no tokenizer or no token."""
+        from trimtab.errors import UserError
+
+        if self.tokenizer is None:
+            raise UserError(f"{wanted_by} starts from text and needs a tokenizer: attach(model, method, tokenizer=…)")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UserError(f"{wanted_by}: the text {text!r} has no token")
+        return ids
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen dataclass that says what to train."""
+
+    name: ClassVar[str]
+    """The method's name in method strings."""
+    kinds: ClassVar[frozenset[str]]
+    """The site kinds that it needs."""
+    lr: ClassVar[float]
+    """The learning rate used where the user gives none."""
+    mergeable: ClassVar[bool]
+    """Whether it can be written into the base weights."""
+    formula: ClassVar[str]
+    """Its number of trained parameters, for people."""
+    paper: ClassVar[str]
+    """Authors, year, arXiv id."""
+
+    def build(self, sites: Sites, context: Context) -> Parts:
+        """The parts, one a claimed site."""
+        ...
+
+    def parameter_count(self, sites: Sites) -> int:
+        """The number of trained parameters on these sites, from the formula."""
+        ...

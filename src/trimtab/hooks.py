@@ -1,0 +1,80 @@
+"""The hooks that parts act through at `linear` and `head` sites. Knows no method and no model class.
+
+Hooks are callable objects, not closures, so that a deep copy of the model carries hooks on the copy's own parts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.task_head import HeadCopy
+from trimtab.sites import HeadSite, Interleaved, LinearSite, Span
+
+
+class Switch:
+    """Whether an adapter acts at present; shared by all of its hooks."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+
+class LinearHook:
+    """y -> part(x, y) on a projection, or on its share of a fused one."""
+
+    def __init__(self, part: nn.Module, switch: Switch, span: Span | Interleaved | None):
+        self.part, self.switch, self.span = part, switch, span
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if not self.switch.on:
+            return None
+        if self.span is None:
+            return self.part(args[0], output)
+        return self.span.put(output, self.part(args[0], self.span.take(output)))
+
+
+class HeadHook:
+    """The adapter's own head in place of the base's."""
+
+    def __init__(self, part: nn.Module, switch: Switch):
+        self.part, self.switch = part, switch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return self.part(*args, **kwargs) if self.switch.on else None
+
+
+class DetachInput:
+    """Cuts the graph at the input of the lowest layers: nothing is trained below them.
+
+    Without it `enable_input_require_grads`, which gradient checkpointing recipes switch on, would send the backward
+    pass through every frozen layer down to the embeddings.
+    """
+
+    def __init__(self, switch: Switch):
+        self.switch = switch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.switch.on:
+            return None
+        if args:
+            return (args[0].detach(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
+
+
+def install_linear(site: LinearSite, part: nn.Module, switch: Switch) -> list[Any]:
+    """Hooks `part` to the projection's output."""
+    return [site.module.register_forward_hook(LinearHook(part, switch, site.span))]
+
+
+def install_head(site: HeadSite, part: HeadCopy, switch: Switch) -> list[Any]:
+    """Hooks `part` in place of the head."""
+    return [site.module.register_forward_hook(HeadHook(part, switch), with_kwargs=True)]
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name, positional ones included."""
+    names = inspect.signature(module.forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}

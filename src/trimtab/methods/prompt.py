@@ -1,0 +1,109 @@
+"""Prompt tuning. Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv:2104.08691.
+
+    X' = [P ; X],     P [length, width] trained, X [batch, n, width] the text's embeddings
+
+The virtual tokens stand in front of the text, in vision models in front of the patches (Visual Prompt Tuning, shallow
+form, Jia et al. 2022, arXiv:2203.12119). Trained parameters: length · width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from trimtab.contract import Context, Parts
+from trimtab.errors import UserError
+from trimtab.sites import EmbedsSite, Sites
+
+COMMON_TOKENS = 5000
+"""The paper samples from the 5,000 most common tokens; vocabularies are listed roughly by frequency."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Trained virtual tokens in front of the input."""
+
+    length: int = 20
+    """Number of virtual tokens."""
+    init: Literal["vocabulary", "text", "labels", "random"] = "vocabulary"
+    """Where they start: vocabulary (sampled), text, labels (the task's words) or random (noise of the same scale)."""
+    text: str | None = None
+    """Text whose embeddings the virtual tokens start from (repeated or cut to `length`); sets init to text."""
+
+    name: ClassVar[str] = "prompt"
+    kinds: ClassVar[frozenset[str]] = frozenset({"embeds"})
+    lr: ClassVar[float] = 3e-2  # the causal-LM prompt-tuning guide's AdamW rate; the paper's 0.3 is for Adafactor
+    mergeable: ClassVar[bool] = False
+    formula: ClassVar[str] = "length·width"
+    paper: ClassVar[str] = "Lester et al. 2021, arXiv:2104.08691"
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(f"prompt: length={self.length} must be at least 1")
+        if self.text is not None and self.init not in ("vocabulary", "text"):
+            raise UserError(f"prompt: text= goes with init=text, not with init={self.init}")
+        if self.init == "text" and self.text is None:
+            raise UserError("prompt: init=text needs text='…'")
+
+    def build(self, sites: Sites, context: Context) -> Parts:
+        """One block of virtual tokens a stack that reads an input."""
+        return {site: VirtualTokens(self._start(site, context)) for site in sites.embeds}
+
+    def parameter_count(self, sites: Sites) -> int:
+        """length · width."""
+        return sum(self.length * site.width for site in sites.embeds)
+
+    def for_loading(self) -> Prompt:
+        """The same shapes without the text they started from: their values come from the file."""
+        return Prompt(self.length)
+
+    def _start(self, site: EmbedsSite, context: Context) -> torch.Tensor:
+        """[length, width]"""
+        if site.embedding is None:  # pictures and sound have no vocabulary
+            if self.text is not None or self.init == "labels":
+                raise UserError("prompt: this model reads no text, so its virtual tokens cannot start from words")
+            return torch.randn(self.length, site.width) * 0.02
+        if self.text is not None:
+            return _embed(site.embedding, self._fit(context.token_ids(self.text, "prompt[text=…]")))
+        if self.init == "labels":
+            return self._from_labels(site.embedding, context)
+        sampled = _embed(site.embedding, _sample(site.embedding, self.length))
+        return torch.randn_like(sampled) * sampled.std() if self.init == "random" else sampled
+
+    def _fit(self, ids: list[int]) -> list[int]:
+        return (ids * (self.length // len(ids) + 1))[: self.length]
+
+    def _from_labels(self, embedding: nn.Module, context: Context) -> torch.Tensor:
+        """A row a label word (the mean over its tokens), the rest sampled from the vocabulary."""
+        if not context.labels:
+            raise UserError("prompt: init=labels needs the task's labels: attach(model, method, labels=[…])")
+        words = [_embed(embedding, context.token_ids(word, "prompt[init=labels]")).mean(0) for word in context.labels]
+        sampled = _embed(embedding, _sample(embedding, self.length))
+        return torch.cat([torch.stack(words), sampled])[: self.length]
+
+
+class VirtualTokens(nn.Module):
+    """P [length, width] itself."""
+
+    def __init__(self, start: torch.Tensor):
+        super().__init__()
+        self.tokens = nn.Parameter(start)
+
+    def forward(self) -> torch.Tensor:
+        """[length, width]"""
+        return self.tokens
+
+
+@torch.no_grad()
+def _embed(embedding: nn.Module, ids: list[int]) -> torch.Tensor:
+    """What the model's own embedding module gives for `ids` [len(ids), width] (some families scale inside it)."""
+    weight: torch.Tensor = embedding.weight  # type: ignore[assignment]
+    return embedding(torch.tensor(ids, device=weight.device)).detach().float().clone()
+
+
+def _sample(embedding: nn.Module, count: int) -> list[int]:
+    vocabulary = min(COMMON_TOKENS, embedding.weight.shape[0])  # type: ignore[union-attr]
+    return torch.randint(vocabulary, (count,)).tolist()

@@ -1,0 +1,349 @@
+"""Sites: the places in one real model where a method can act. Knows modules and shapes; refuses to know methods.
+
+Sites are found by the names that arch.py gives for the family and checked against the module tree, so that a name that
+does not exist is an error at attach time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trimtab.arch import Family, Fused, Stack, family_of, select_layers
+from trimtab.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Span:
+    """A contiguous slice of a fused projection's output."""
+
+    start: int
+    length: int
+
+    def take(self, y: torch.Tensor) -> torch.Tensor:
+        """[..., all] -> [..., length]"""
+        return y[..., self.start : self.start + self.length]
+
+    def put(self, y: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`y` with this slice replaced by `new`; `y` itself stays as it was."""
+        return torch.cat([y[..., : self.start], new, y[..., self.start + self.length :]], dim=-1)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """One of `parts` projections that alternate head by head: [..., heads, parts, head_dim]."""
+
+    heads: int
+    parts: int
+    index: int
+
+    def take(self, y: torch.Tensor) -> torch.Tensor:
+        """[..., all] -> [..., heads * head_dim]"""
+        return y.unflatten(-1, (self.heads, self.parts, -1))[..., self.index, :].flatten(-2)
+
+    def put(self, y: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`y` with this part replaced by `new`; `y` itself stays as it was."""
+        pieces = list(y.unflatten(-1, (self.heads, self.parts, -1)).unbind(-2))
+        pieces[self.index] = new.unflatten(-1, (self.heads, -1))
+        return torch.stack(pieces, dim=-2).flatten(-3)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSite:
+    """y = W x of one projection; `span` picks it out of a fused module's output."""
+
+    key: str
+    stack: str
+    layer: int
+    role: str
+    cross: bool
+    module: nn.Module
+    path: str
+    in_features: int
+    out_features: int
+    span: Span | Interleaved | None
+
+    def weight(self) -> torch.Tensor:
+        """The projection's weight [out, in], whatever the module's own orientation.
+
+        Raises UserError where the weight is quantised.
+        """
+        weight = self._in_out()
+        return (weight if self.span is None else self.span.take(weight)).T
+
+    def bias(self) -> torch.Tensor | None:
+        """The projection's bias [out], or None."""
+        bias = self.module.bias
+        return bias if bias is None or self.span is None else self.span.take(bias)
+
+    def write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Write a weight [out, in] and a bias [out] into the module, into its share of a fused one."""
+        with torch.no_grad():
+            whole = self._in_out()
+            whole.copy_(weight.T if self.span is None else self.span.put(whole, weight.T.to(whole.dtype)))
+            if bias is not None:
+                own = self.module.bias
+                own.copy_(bias if self.span is None else self.span.put(own, bias.to(own.dtype)))
+
+    def _in_out(self) -> torch.Tensor:
+        """A view of the module's whole weight [in, all out]."""
+        weight = self.module.weight
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise UserError(f"{self.path} holds a quantised weight; this needs the plain weight")
+        return weight if isinstance(self.module, Conv1D) else weight.T
+
+
+@dataclass(frozen=True, eq=False)
+class KVSite:
+    """The keys and values of one attention and the context it returns."""
+
+    key: str
+    stack: str
+    layer: int
+    cross: bool
+    causal: bool
+    module: nn.Module
+    path: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    k: LinearSite
+    v: LinearSite
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedsSite:
+    """The input of one stack: virtual tokens are put in front of it."""
+
+    key: str
+    stack: str
+    body: nn.Module
+    embedding: nn.Module | None
+    layers: tuple[nn.Module, ...]
+    attentions: tuple[KVSite, ...]
+    width: int
+    insert: str
+    positions: str
+    reader: nn.Module | None
+    """The decoder that attends to this stack's output; None where the output goes to a head."""
+    layer: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSite:
+    """A task head (classifier, score) or the language-model head."""
+
+    key: str
+    module: nn.Module
+    path: str
+    generative: bool
+    layer: int = 1_000_000
+    stack: str = ""
+
+
+Site = LinearSite | KVSite | EmbedsSite | HeadSite
+
+
+class Sites:
+    """All sites of one model.
+
+    `linear`, `kv`, `embeds` and `head` are tuples of sites; `layer_modules` maps a stack's name to its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.family: Family = family_of(model.config.model_type)
+        root = _root(model, self.family)
+        names = {id(module): path for path, module in model.named_modules()}
+        self.layer_modules: dict[str, tuple[nn.Module, ...]] = {}
+        linear: list[LinearSite] = []
+        kv: list[KVSite] = []
+        embeds: list[EmbedsSite] = []
+        for stack in self.family.stacks:
+            if stack.name == "decoder" and not _has(root, stack.layers):
+                continue  # an encoder-only class of an encoder-decoder family
+            layers = tuple(_module(root, stack.layers, model).children())
+            self.layer_modules[stack.name] = layers
+            stack_linear = [site for i, layer in enumerate(layers) for site in _linears(stack, i, layer, names)]
+            stack_kv = [site for i, layer in enumerate(layers) for site in _kvs(stack, i, layer, names, stack_linear)]
+            linear += stack_linear
+            kv += stack_kv
+            if stack.insert:
+                embeds.append(_embeds(stack, root, layers, stack_linear, stack_kv, model))
+        self.linear = tuple(linear)
+        self.kv = tuple(kv) if self.family.interface else ()
+        self.embeds = tuple(embeds)
+        self.head = tuple(_heads(model, names))
+
+    def linears(self, targets: Sequence[str], layers: str | None) -> list[LinearSite]:
+        """The linear sites with these roles in these layers of every stack.
+
+        Raises UserError for a role the model does not have and for layers out of range.
+        """
+        roles = {site.role for site in self.linear}
+        for target in targets:
+            if target not in roles:
+                raise unknown(f"the target of {self.family.name}", target, sorted(roles))
+        if not targets:
+            raise UserError(f"targets names no projection; {self.family.name} has {', '.join(sorted(roles))}")
+        chosen = {name: set(select_layers(layers, len(found))) for name, found in self.layer_modules.items()}
+        return [site for site in self.linear if site.role in targets and site.layer in chosen[site.stack]]
+
+    @property
+    def task_head(self) -> list[HeadSite]:
+        """The modules of the task head (classifier, score); empty for a language model or a bare encoder."""
+        return [site for site in self.head if not site.generative]
+
+
+def _root(model: PreTrainedModel, family: Family) -> nn.Module:
+    base = model.base_model
+    for path in family.roots:
+        if _has(base, path):
+            return base.get_submodule(path)
+    raise UserError(f"{type(model).__name__} has none of the modules {', '.join(map(repr, family.roots))} of {family.name}")
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _module(module: nn.Module, path: str, owner: object) -> nn.Module:
+    if not _has(module, path):
+        raise UserError(
+            f"{type(owner).__name__} has no module {path!r} in {type(module).__name__}; "
+            "this version of transformers names its modules differently from what trimtab knows"
+        )
+    return module.get_submodule(path)
+
+
+def _prefix(stack: str, layer: int) -> str:
+    return f"{stack}_layer{layer}" if stack else f"layer{layer}"
+
+
+def _linears(stack: Stack, index: int, layer: nn.Module, names: dict[int, str]) -> Iterator[LinearSite]:
+    for cross, roles in ((False, stack.linears), (True, stack.cross_linears)):
+        for role, where in roles.items():
+            module = _first(layer, where.path if isinstance(where, Fused) else where)
+            if module is None:
+                if role == "gate":  # only gated feed-forward layers have one
+                    continue
+                raise UserError(f"{type(layer).__name__} has no module {where!r}, which trimtab expects there")
+            key = f"{_prefix(stack.name, index)}_{'cross_' if cross else ''}{role}"
+            yield _linear(key, stack, index, layer, role, cross, module, where, names)
+
+
+def _first(layer: nn.Module, alternatives: str) -> nn.Module | None:
+    found = (path for path in alternatives.split("|") if _has(layer, path))
+    path = next(found, None)
+    return None if path is None else layer.get_submodule(path)
+
+
+def _linear(
+    key: str,
+    stack: Stack,
+    index: int,
+    layer: nn.Module,
+    role: str,
+    cross: bool,
+    module: nn.Module,
+    where: str | Fused,
+    names: dict[int, str],
+) -> LinearSite:
+    in_features, out_features = _features(module)
+    span: Span | Interleaved | None = None
+    if isinstance(where, Fused):
+        span, out_features = _span(where, stack, layer, out_features)
+    return LinearSite(key, stack.name, index, role, cross, module, names[id(module)], in_features, out_features, span)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def _span(where: Fused, stack: Stack, layer: nn.Module, total: int) -> tuple[Span | Interleaved, int]:
+    index = where.parts.index(where.part)
+    if where.interleaved:
+        head_dim = getattr(layer.get_submodule(stack.attention), stack.head_dim)
+        parts = len(where.parts)
+        return Interleaved(total // (parts * head_dim), parts, index), total // parts
+    sizes = [total // len(where.parts)] * len(where.parts)
+    if where.parts == ("q", "k", "v"):  # grouped-query attention has fewer keys and values than queries
+        output = layer.get_submodule(str(stack.linears["o"]))
+        queries = _features(output)[0]
+        sizes = [queries, (total - queries) // 2, (total - queries) // 2]
+    return Span(sum(sizes[:index]), sizes[index]), sizes[index]
+
+
+def _kvs(
+    stack: Stack, index: int, layer: nn.Module, names: dict[int, str], linears: list[LinearSite]
+) -> Iterator[KVSite]:
+    for cross, path in ((False, stack.attention), (True, stack.cross)):
+        if path is None:
+            continue
+        module = _module(layer, path, layer)
+        own = {site.role: site for site in linears if site.layer == index and site.cross == cross}
+        head_dim = getattr(module, stack.head_dim)
+        yield KVSite(
+            key=f"{_prefix(stack.name, index)}_{'cross' if cross else 'self'}",
+            stack=stack.name,
+            layer=index,
+            cross=cross,
+            causal=stack.insert == "shared" or (stack.name == "decoder" and not cross),
+            module=module,
+            path=names[id(module)],
+            heads=own["q"].out_features // head_dim,
+            kv_heads=own["k"].out_features // head_dim,
+            head_dim=head_dim,
+            k=own["k"],
+            v=own["v"],
+        )
+
+
+def _embeds(
+    stack: Stack,
+    root: nn.Module,
+    layers: tuple[nn.Module, ...],
+    linears: list[LinearSite],
+    kvs: list[KVSite],
+    model: PreTrainedModel,
+) -> EmbedsSite:
+    body = _module(root, stack.body, model)
+    embedding = None if stack.embeds is None else _module(body, stack.embeds, model)
+    states_width = next(site.out_features for site in linears if site.role == "o")
+    return EmbedsSite(
+        key=f"{stack.name}_embeds" if stack.name else "embeds",
+        stack=stack.name,
+        body=body,
+        embedding=embedding,
+        layers=layers,
+        attentions=tuple(kvs),
+        width=states_width if embedding is None else embedding.embedding_dim,  # type: ignore[arg-type]
+        insert=str(stack.insert),
+        positions=stack.positions,
+        reader=root.get_submodule("decoder") if stack.name == "encoder" and _has(root, "decoder") else None,
+    )
+
+
+def _heads(model: PreTrainedModel, names: dict[int, str]) -> Iterator[HeadSite]:
+    language = model.get_output_embeddings()
+    if language is not None:
+        yield HeadSite("lm_head", language, names[id(language)], generative=True)
+        return
+    if "For" not in type(model).__name__:  # a bare encoder or decoder: LlamaModel, BertModel
+        return
+    for path, module in model.named_children():
+        if module is model.base_model or path == "trimtab" or next(module.parameters(), None) is None:
+            continue
+        if any(inner is model.base_model or isinstance(inner, PreTrainedModel) for inner in module.modules()):
+            continue
+        yield HeadSite(f"head_{path}", module, path, generative=False)

@@ -1,0 +1,266 @@
+"""Virtual tokens in front of a stack's input: the installer of `embeds` sites. Knows no method.
+
+Three ways, chosen by the family (arch.Stack.insert):
+
+- shared: in a causal model the virtual tokens do not depend on the text, so they are run through the base once a
+  forward, and every row attends to their keys and values. Same result as concatenation, at 1/batch of its cost.
+- tokens: their embeddings are put in front of the text's and cut off again after the last layer (bidirectional models,
+  and causal ones outside the attention interface); a decoder that reads an encoder attends to them.
+- states: put in front of the first layer's input, for stacks that read pictures or sound.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.attention import Recorded, install_kv, recording
+from trimtab.errors import UserError
+from trimtab.hooks import Switch, named_arguments
+from trimtab.sites import EmbedsSite
+
+
+def install_embeds(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
+    """Hooks the part's virtual tokens [P, width] to the front of the site's stack."""
+    if site.insert == "shared":
+        return _install_shared(site, part, switch)
+    if site.insert == "tokens":
+        return _install_tokens(site, part, switch)
+    return _install_states(site, part, switch)
+
+
+def _install_shared(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
+    shared = SharedTokens(site, part, switch)
+    handles = [site.body.register_forward_pre_hook(shared, with_kwargs=True)]
+    for attention in site.attentions:
+        handles += install_kv(attention, RecordedPrefix(shared, attention.layer), switch, follows_window=True)
+    return handles
+
+
+def _install_tokens(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
+    front = FrontTokens(site, part, switch)
+    handles: list[Any] = [site.body.register_forward_pre_hook(front, with_kwargs=True)]
+    return handles + _install_end(site, front)
+
+
+def _install_states(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
+    front = FrontStates(part, switch)
+    handles: list[Any] = [site.layers[0].register_forward_pre_hook(front, with_kwargs=True)]
+    return handles + _install_end(site, front)
+
+
+def _install_end(site: EmbedsSite, front: FrontTokens | FrontStates) -> list[Any]:
+    if site.reader is not None:
+        return [site.reader.register_forward_pre_hook(ReaderMask(front), with_kwargs=True)]
+    return [site.layers[-1].register_forward_hook(CutFront(front))]
+
+
+class SharedTokens:
+    """Runs the virtual tokens through the base once, before the text, and keeps each layer's keys and values."""
+
+    def __init__(self, site: EmbedsSite, part: nn.Module, switch: Switch):
+        self.site, self.part, self.switch = site, part, switch
+        self.running = False
+        self.record: list[Recorded] = []
+        self.cache: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "record": [], "cache": None}  # a copy of the model records anew
+
+    def __call__(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.switch.on or self.running:
+            return None
+        kwargs = named_arguments(body, args, kwargs)
+        past = kwargs.get("past_key_values")
+        if not self._continues(past):
+            self.record = self._run(body)
+            self.cache = None if past is None or torch.is_grad_enabled() else weakref.ref(past)
+        if self.site.positions == "learned":
+            kwargs["position_ids"] = _positions(kwargs) + self.part().shape[0]
+        return (), kwargs
+
+    def _continues(self, past: Any) -> bool:
+        """Whether this call goes on with a generation whose first step made the record."""
+        known = None if self.cache is None else self.cache()
+        return known is not None and known is past and not torch.is_grad_enabled() and _seen(past) > 0
+
+    def _run(self, body: nn.Module) -> list[Recorded]:
+        tokens = self.part()
+        weight = self.site.embedding.weight  # type: ignore[union-attr]
+        start = -tokens.shape[0] if self.site.positions == "rotary" else 0
+        positions = torch.arange(start, start + tokens.shape[0], device=tokens.device)
+        self.running = True
+        try:
+            with recording(site.module for site in self.site.attentions) as record, _no_checkpointing(self.site.layers):
+                body(inputs_embeds=tokens[None].to(weight.dtype), position_ids=positions[None], use_cache=False)
+        finally:
+            self.running = False
+        return record
+
+
+class RecordedPrefix:
+    """The keys and values that one attention gave the virtual tokens."""
+
+    def __init__(self, shared: SharedTokens, layer: int):
+        self.shared, self.layer = shared, layer
+
+    def prefix(self) -> Recorded:
+        """keys, values [1, kv_heads, P, head_dim]"""
+        return self.shared.record[self.layer]
+
+
+class FrontTokens:
+    """Puts the virtual tokens' embeddings in front of the text's."""
+
+    def __init__(self, site: EmbedsSite, part: nn.Module, switch: Switch):
+        self.site, self.part, self.switch = site, part, switch
+        self.length = 0
+        """How many virtual tokens stand in front in the present forward."""
+
+    def __call__(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.length = 0
+        if not self.switch.on:
+            return None
+        kwargs = named_arguments(body, args, kwargs)
+        tokens = self.part()
+        kwargs["attention_mask"] = _widen_mask(kwargs.get("attention_mask"), tokens.shape[0])
+        past = kwargs.get("past_key_values")
+        if past is not None and getattr(past, "is_compileable", False):
+            raise UserError("a static cache has no room for virtual tokens in this model; generate with the dynamic cache")
+        if past is None or _seen(past) == 0:
+            self.length = tokens.shape[0]
+            self._insert(body, tokens, kwargs)
+        return (), kwargs
+
+    def _insert(self, body: nn.Module, tokens: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        ids, embeds = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.site.embedding(ids)  # type: ignore[misc]
+        batch, length = embeds.shape[0], tokens.shape[0]
+        kwargs["inputs_embeds"] = torch.cat([tokens.to(embeds.dtype).expand(batch, -1, -1), embeds], dim=1)
+        if kwargs.get("token_type_ids") is not None:
+            kwargs["token_type_ids"] = nn.functional.pad(kwargs["token_type_ids"], (length, 0))
+        if kwargs.get("position_ids") is not None:
+            front = torch.arange(length, device=embeds.device).expand(batch, -1)
+            kwargs["position_ids"] = torch.cat([front, kwargs["position_ids"].expand(batch, -1) + length], dim=1)
+        elif self.site.positions == "padded":
+            kwargs["position_ids"] = self._padded_positions(body, ids, kwargs)
+
+    def _padded_positions(self, body: nn.Module, ids: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        """RoBERTa's numbering: padding gets the padding index, the rest counts on from it."""
+        padding = body.config.pad_token_id  # type: ignore[union-attr]
+        embeds = kwargs["inputs_embeds"]
+        visible = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        if ids is not None:
+            visible[:, embeds.shape[1] - ids.shape[1] :] = (ids != padding).long()
+        return visible.cumsum(1) * visible + padding
+
+
+class FrontStates:
+    """Puts the virtual tokens in front of the first layer's input."""
+
+    def __init__(self, part: nn.Module, switch: Switch):
+        self.part, self.switch = part, switch
+        self.length = 0
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.length = 0
+        if not self.switch.on:
+            return None
+        tokens, states = self.part(), args[0]
+        self.length = tokens.shape[0]
+        return (torch.cat([tokens.to(states.dtype).expand(states.shape[0], -1, -1), states], dim=1), *args[1:]), kwargs
+
+
+class CutFront:
+    """Takes the virtual positions off the last layer's output, before any norm, pooler, head or loss."""
+
+    def __init__(self, front: FrontTokens | FrontStates):
+        self.front = front
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        length = self.front.length
+        if length == 0:
+            return None
+        if isinstance(output, tuple):
+            return (output[0][:, length:], *output[1:])
+        return output[:, length:]
+
+
+class ReaderMask:
+    """Shows an encoder's virtual positions to the decoder that reads it."""
+
+    def __init__(self, front: FrontTokens | FrontStates):
+        self.front = front
+
+    def __call__(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = named_arguments(reader, args, kwargs)
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if not self.front.switch.on or mask is None or states is None or mask.shape[-1] == states.shape[1]:
+            return None
+        return (), {**kwargs, "encoder_attention_mask": _widen_mask(mask, states.shape[1] - mask.shape[-1])}
+
+
+def _widen_mask(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """[B, n] -> [B, length + n], the new columns visible. Raises UserError for a 4-D mask."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise UserError("virtual tokens cannot be put in front of a ready-made 4-D mask; pass the 2-D padding mask")
+    return nn.functional.pad(mask, (length, 0), value=1)
+
+
+def _positions(kwargs: dict[str, Any]) -> torch.Tensor:
+    """The call's position ids [B or 1, n], counted on from the cache where they are not given."""
+    if kwargs.get("position_ids") is not None:
+        return kwargs["position_ids"]
+    given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    past = kwargs.get("past_key_values")
+    start = 0 if past is None else _seen(past)
+    return (torch.arange(given.shape[1], device=given.device) + start)[None]
+
+
+def _seen(past: Any) -> int:
+    return int(past.get_seq_length())
+
+
+@contextmanager
+def _no_checkpointing(layers: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Inside, the layers run without gradient checkpointing, which would record keys and values a second time."""
+    training = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = False  # the flag of the layer alone; dropout inside is 0 as it is
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, training, strict=True):
+            layer.training = flag
+
+
+class PositionsFromMask:
+    """Derives missing `position_ids` of a causal model from the padding mask, so that left padding changes nothing."""
+
+    def __init__(self, switches: list[Switch]):
+        self.switches = switches
+
+    def __call__(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not any(switch.on for switch in self.switches):
+            return None
+        named = named_arguments(body, args, kwargs)
+        mask = named.get("attention_mask")
+        if named.get("position_ids") is not None or mask is None or mask.dim() != 2:
+            return None
+        given = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return (), {**named, "position_ids": positions[:, -given.shape[1] :]}
+
+
+def takes_positions(body: nn.Module) -> bool:
+    """Whether the module's forward has `position_ids`."""
+    return "position_ids" in inspect.signature(body.forward).parameters
