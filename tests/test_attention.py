@@ -64,7 +64,6 @@ def _attached(family: str, part: type[nn.Module] = FlatPrefix) -> tuple[Any, Any
     torch.manual_seed(2)
     model = tiny(family, torch.float64)
     adapter = tt.attach(model, Toy(part))
-    model.trimtab.double()
     for site in model.trimtab.sites.task_head:  # the adapter's head is a copy of the base's
         assert site.key in dict(adapter._entry.parts)
     return model, adapter
@@ -192,7 +191,6 @@ def test_delegates_to_what_the_model_had(previous: str) -> None:
     model = tiny("llama", torch.float64)
     model.set_attn_implementation(previous)
     adapter = tt.attach(model, Toy())
-    model.trimtab.double()
     assert model.config._attn_implementation == NAME
     batch = inputs("llama", dtype=torch.float64)
     expected = output(_reference("llama", model), batch)

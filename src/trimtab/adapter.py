@@ -22,7 +22,7 @@ from trimtab.attention import AttentionSetting, install_kv
 from trimtab.contract import Context, Method
 from trimtab.errors import UserError, unknown
 from trimtab.task_head import HeadCopy
-from trimtab.hooks import DetachInput, Switch, install_head, install_linear
+from trimtab.hooks import DetachInput, DetachOutput, Switch, install_head, install_linear
 from trimtab.methods import METHODS
 from trimtab.methods.spec import parse_method
 from trimtab.sites import EmbedsSite, HeadSite, KVSite, LinearSite, Site, Sites
@@ -34,7 +34,6 @@ INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
     EmbedsSite: install_embeds,
     HeadSite: install_head,
 }
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class Adapter:
@@ -159,7 +158,7 @@ class Entry(nn.Module):
         self.parts = nn.ModuleDict({site.key: _placed(site, part) for site, part in parts.items()})
         self.switch = Switch()
         self.handles: list[Any] = []
-        self.first_layers = _detachable(self.sites, attachments.sites)
+        self.cuts = list(_cuts(self.sites, attachments.sites))
         self.uses_attention = any(
             isinstance(site, KVSite) or (isinstance(site, EmbedsSite) and site.insert == "shared") for site in parts
         )
@@ -168,8 +167,11 @@ class Entry(nn.Module):
         """Put the hooks in place."""
         for site in self.sites:
             self.handles += INSTALLERS[type(site)](site, self.parts[site.key], self.switch)
-        for layer in self.first_layers:
-            self.handles.append(layer.register_forward_pre_hook(DetachInput(self.switch), with_kwargs=True))
+        for layer, at_output in self.cuts:
+            if at_output:
+                self.handles.append(layer.register_forward_hook(DetachOutput(self.switch)))
+            else:
+                self.handles.append(layer.register_forward_pre_hook(DetachInput(self.switch), with_kwargs=True))
 
     def uninstall(self) -> None:
         """Take the hooks away."""
@@ -338,24 +340,45 @@ def _attachments(model: PreTrainedModel) -> Attachments:
 
 
 def _placed(site: Site, part: nn.Module) -> nn.Module:
-    """The part on its site's device; in float32 where the base is in half precision."""
+    """The part on its site's device, in the base's precision but at least float32."""
     module = site.body if isinstance(site, EmbedsSite) else site.module
     reference = next(module.parameters())
-    return part.to(device=reference.device, dtype=torch.float32 if reference.dtype in _HALF else None)
+    precision = torch.promote_types(reference.dtype, torch.float32) if reference.is_floating_point() else torch.float32
+    return part.to(device=reference.device, dtype=precision)
 
 
-def _detachable(claimed: Sequence[Site], sites: Sites) -> list[nn.Module]:
-    """The first layer of every stack below which nothing is trained."""
-    below = {site.stack for site in claimed if site.layer < 0}
-    return [layers[0] for stack, layers in sites.layer_modules.items() if stack not in below and layers]
+def _cuts(claimed: Sequence[Site], sites: Sites) -> Iterator[tuple[nn.Module, bool]]:
+    """Layers at which the graph is cut because nothing is trained below: (layer, at its output).
+
+    The first layer's input is cut, so that no graph is built below the lowest trained layer, and that layer's too,
+    because a layer may bring tensors that require grad of its own (T5's position bias under checkpointing).
+    """
+    for stack, layers in sites.layer_modules.items():
+        trained = [site.layer for site in claimed if site.stack == stack and not isinstance(site, HeadSite)]
+        if trained and min(trained) < 0:
+            continue
+        yield layers[0], False
+        if trained and min(trained) > 0:
+            yield layers[min(trained)], False
+        if not trained and not _reads_trained(stack, claimed):
+            yield layers[-1], True
+
+
+def _reads_trained(stack: str, claimed: Sequence[Site]) -> bool:
+    """Whether this stack attends to another one that is trained."""
+    return stack == "decoder" and any(site.stack == "encoder" for site in claimed)
 
 
 def _merged(site: LinearSite, part: nn.Module) -> Callable[[], None]:
     """Computes the merged weight now, so that a refusal comes before any change; the call writes it."""
     bias = site.bias()
     with torch.no_grad():
-        new = part.merged(site.weight().float(), None if bias is None else bias.float())  # type: ignore[operator]
+        new = part.merged(_at_least_float32(site.weight()), None if bias is None else _at_least_float32(bias))  # type: ignore[operator]
     return lambda: site.write(*new)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _own_configs(model: PreTrainedModel) -> None:

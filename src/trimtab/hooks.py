@@ -47,7 +47,7 @@ class HeadHook:
 
 
 class DetachInput:
-    """Cuts the graph at the input of the lowest layers: nothing is trained below them.
+    """Cuts the graph at the input of a layer: nothing is trained below it.
 
     Without it `enable_input_require_grads`, which gradient checkpointing recipes switch on, would send the backward
     pass through every frozen layer down to the embeddings.
@@ -62,6 +62,18 @@ class DetachInput:
         if args:
             return (args[0].detach(), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
+
+
+class DetachOutput:
+    """Cuts the graph at the output of a stack's last layer: nothing is trained in the stack."""
+
+    def __init__(self, switch: Switch):
+        self.switch = switch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self.switch.on:
+            return None
+        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
 
 
 def install_linear(site: LinearSite, part: nn.Module, switch: Switch) -> list[Any]:
