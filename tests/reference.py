@@ -1,6 +1,6 @@
 """An independent attention: written from the equation, head by head, in float64. Knows nothing of trimtab.
 
-    context_i = Σ_j softmax_j( cap(scale · q_i·k_j) + bias_ij  over the visible j and the prefix ) v_j
+context_i = Σ_j softmax_j( cap(scale · q_i·k_j) + bias_ij  over the visible j and the prefix ) v_j
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from reference import GATED, PREFIXES, by_hand
-from tiny import CAUSAL, FAMILIES, SEQ2SEQ, VISION, inputs, output, tiny
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import trimtab as tt
+from reference import GATED, PREFIXES, by_hand
+from tiny import CAUSAL, FAMILIES, SEQ2SEQ, VISION, inputs, output, tiny
 from trimtab.attention import NAME
 from trimtab.contract import Context, Parts
 from trimtab.sites import KVSite, Sites

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CAUSAL, FAMILIES, SEQ2SEQ, VISION, inputs, output, tiny
 from torch import nn
 from transformers import PreTrainedModel
 
 import trimtab as tt
+from tiny import CAUSAL, FAMILIES, SEQ2SEQ, VISION, inputs, output, tiny
 from trimtab.adapter import supported
 from trimtab.arch import FAMILIES as KNOWN
 

@@ -70,7 +70,13 @@ _MAKE: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_DECODER)),
     "gpt2": lambda: tf.GPT2LMHeadModel(
         tf.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=4, bos_token_id=1, eos_token_id=2
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=2,
         )
     ),
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_ENCODER)),

@@ -20,12 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trimtab.arch import FAMILIES, supports
 from trimtab.attention import AttentionSetting, install_kv
 from trimtab.contract import Context, Method
-from trimtab.errors import UserError, unknown
-from trimtab.task_head import HeadCopy
-from trimtab.hooks import DetachInput, DetachOutput, Switch, install_head, install_linear
+from trimtab.errors import UserError
+from trimtab.hooks import DetachInput, DetachOutput, RefuseReentrant, Switch, install_head, install_linear
 from trimtab.methods import METHODS
 from trimtab.methods.spec import parse_method
 from trimtab.sites import EmbedsSite, HeadSite, KVSite, LinearSite, Site, Sites
+from trimtab.task_head import HeadCopy
 from trimtab.virtual import PositionsFromMask, install_embeds, takes_positions
 
 INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
@@ -78,7 +78,7 @@ class Adapter:
         return dict(self._trained().state_dict())
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors in. Raises UserError listing every missing, unexpected or mis-shaped one; then nothing changed."""
+        """Copy tensors in. Raises UserError, nothing changed, that lists missing, unexpected and mis-shaped ones."""
         own = self.state_dict()
         check_tensors(own, state)
         with torch.no_grad():
@@ -106,8 +106,7 @@ class Adapter:
         if not any(hasattr(part, "fold") for part in entry.parts.values()):
             return
         entry.uninstall()
-        folded = {key: part.fold() if hasattr(part, "fold") else part for key, part in entry.parts.items()}
-        entry.parts = nn.ModuleDict(folded)
+        entry.parts = folded_parts(entry.parts).train(entry.training)
         entry.method = getattr(entry.method, "folded", lambda: entry.method)()
         entry.install()
 
@@ -193,7 +192,9 @@ class Attachments(nn.Module):
         self.switches: list[Switch] = []
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.dropouts = list(_dropouts(model))
-        self.handles = list(_position_hooks(self.sites, self.switches))
+        first_layers = [layers[0] for layers in self.sites.layer_modules.values()]
+        self.handles: list[Any] = [model.register_forward_pre_hook(RefuseReentrant(first_layers))]
+        self.handles += _position_hooks(self.sites, self.switches)
         for parameter in self.trainable:
             parameter.requires_grad_(False)
         for module, name, _ in self.dropouts:
@@ -258,17 +259,17 @@ def attach(
     model wrapped in nn.DataParallel; then the model is as it was.
     """
     _check_model(model, name)
-    method = parse_method(method)
+    chosen: Method = parse_method(method)
     first = not isinstance(getattr(model, "trimtab", None), Attachments)
     attachments = Attachments(model) if first else _attachments(model)
     try:
-        _check_pair(attachments, method, name)
-        if getattr(method, "whole_model", False):
-            return _attach_whole(model, attachments, method, name)
-        parts = dict(method.build(attachments.sites, Context(tokenizer, labels)))
-        if not getattr(method, "own_head", False):
+        _check_pair(attachments, chosen, name)
+        if getattr(chosen, "whole_model", False):
+            return _attach_whole(model, attachments, chosen, name)
+        parts = dict(chosen.build(attachments.sites, Context(tokenizer, labels)))
+        if not getattr(chosen, "own_head", False):
             parts |= {site: HeadCopy.of(site) for site in attachments.sites.task_head if site not in parts}
-        attachments.add(Entry(name, method, parts, attachments))
+        attachments.add(Entry(name, chosen, parts, attachments).train(model.training))
     except BaseException:
         if first:
             attachments.restore()
@@ -279,14 +280,19 @@ def attach(
 
 def adapters(model: PreTrainedModel) -> dict[str, Adapter]:
     """The adapters attached to a model, by name."""
-    if not isinstance(getattr(model, "trimtab", None), Attachments):
-        return {}
-    return {name: Adapter(model, name) for name in model.trimtab.entries}
+    attachments = getattr(model, "trimtab", None)
+    return {name: Adapter(model, name) for name in attachments.entries} if isinstance(attachments, Attachments) else {}
 
 
 def supported(kinds: frozenset[str]) -> list[str]:
     """The families that have all of these site kinds."""
     return [family.name for family in FAMILIES.values() if supports(kinds, family)]
+
+
+def folded_parts(parts: nn.ModuleDict) -> nn.ModuleDict:
+    """The parts in their inference form; a part that has none stays what it is."""
+    ready: dict[str, Any] = dict(parts.items())
+    return nn.ModuleDict({key: part.fold() if hasattr(part, "fold") else part for key, part in ready.items()})
 
 
 def check_tensors(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimtab.errors import UserError
 from trimtab.hooks import Switch
-from trimtab.sites import KVSite
+from trimtab.sites import KVSite, Module
 
 NAME = "trimtab"  # names that contain "sdpa" or "flash" are treated specially by transformers
 _SLOT = "trimtab_slot"
@@ -62,7 +62,7 @@ class AttentionSetting:
     """Turns the registered function on and off for the attention modules of one model."""
 
     def __init__(self, kv: Iterable[KVSite]):
-        self.modules = [site.module for site in kv]
+        self.modules: list[Module] = [site.module for site in kv]
         configs = {id(module.config): module.config for module in self.modules}
         self.previous = [(config, config._attn_implementation) for config in configs.values()]
         self.users = 0
@@ -75,7 +75,9 @@ class AttentionSetting:
         for _, name in self.previous:
             if "flash" in name or "flex" in name:
                 self.users = 0
-                raise UserError(f"keys and values cannot be added under {name} attention; load the model with sdpa or eager")
+                raise UserError(
+                    f"keys and values cannot be added under {name} attention; load the model with sdpa or eager"
+                )
         for module in self.modules:
             setattr(module, _SLOT, Slot(module.config._attn_implementation))
 

@@ -22,17 +22,19 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab.adapter import Adapter, attach
+from trimtab.adapter import Adapter, attach, folded_parts
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict, method_to_dict
 
 CONFIG = "adapter_config.json"
+WHOLE_CONFIG = "trimtab_config.json"
+"""The configuration beside a whole model: transformers would take an `adapter_config.json` there for peft's."""
 WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
 _SAMPLES = 1024  # elements of each tensor that enter the fingerprint
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
     A crash or a full disk leaves the old file as it was.
@@ -51,7 +53,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def atomic_folder(target: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> None:
+def atomic_folder(target: Path, fill: Callable[[Path], object], *, overwrite: bool = False) -> None:
     """Let `fill` write into a temporary folder beside `target`, then put it in place in one step.
 
     Raises UserError where `target` holds something and `overwrite` is not given.
@@ -110,7 +112,7 @@ def _base_tensors(base: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | None = None) -> Path:
     """Write an adapter's folded tensors and configuration into `folder`; returns the folder.
 
-    Full fine-tuning is written as a transformers model folder with an `adapter_config.json` beside it.
+    Full fine-tuning is written as a transformers model folder with a `trimtab_config.json` in it.
     """
     entry = adapter._entry
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,17 +127,17 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
     }
     if getattr(method, "whole_model", False):
         _save_whole(adapter.model, folder)
+        write_json(folder / WHOLE_CONFIG, config)
     else:
         tensors = folded_state(adapter)
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_json(folder / CONFIG, config)
+        write_json(folder / CONFIG, config)
     return folder
 
 
 def folded_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The adapter's tensors in their inference form, contiguous and on the CPU; the adapter itself stays as it is."""
-    parts = adapter._entry.parts
-    folded = nn.ModuleDict({key: part.fold() if hasattr(part, "fold") else part for key, part in parts.items()})  # type: ignore[operator]
+    folded = folded_parts(adapter._entry.parts)
     return {key: tensor.detach().to("cpu").contiguous() for key, tensor in folded.state_dict().items()}
 
 
@@ -157,7 +159,7 @@ def _save_whole(model: PreTrainedModel, folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as readable JSON, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -165,7 +167,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
     Raises UserError where there is none, where it is no JSON object, lacks a field, or is of a newer format.
     """
-    path = Path(folder) / CONFIG
+    candidates = [Path(folder) / name for name in (CONFIG, WHOLE_CONFIG)]
+    path = next((path for path in candidates if path.is_file()), candidates[0])
     if not path.is_file():
         raise UserError(f"{folder} is no adapter folder: it has no {CONFIG}")
     try:
@@ -195,7 +198,9 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         pickles = [file.name for file in Path(folder).iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
         if pickles:
-            raise UserError(f"{folder} offers {pickles[0]}, a pickle file, which can run code when read; save it as safetensors")
+            raise UserError(
+                f"{folder} offers {pickles[0]}, a pickle file, which can run code when read; save it as safetensors"
+            )
         raise UserError(f"{folder} has no {WEIGHTS}")
     try:
         with safe_open(path, framework="pt") as file:
@@ -237,9 +242,11 @@ def load(
 def _check_base(model: PreTrainedModel, base: Mapping[str, Any], folder: str | Path) -> None:
     if base.get("model_type") != model.config.model_type:
         raise UserError(
-            f"{folder} was trained on a {base.get('model_type')} model ({base.get('path')}), this is a {model.config.model_type}"
+            f"{folder} was trained on a {base.get('model_type')} model ({base.get('path')}), "
+            f"this is a {model.config.model_type}"
         )
     if base.get("fingerprint") != model_fingerprint(model):
         raise UserError(
-            f"{folder} was trained on another base model ({base.get('path')}): the weights differ; force=True loads it all the same"
+            f"{folder} was trained on another base model ({base.get('path')}): the weights differ; "
+            "force=True loads it all the same"
         )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.task_head import HeadCopy
+from trimtab.errors import UserError
 from trimtab.sites import HeadSite, Interleaved, LinearSite, Span
+from trimtab.task_head import HeadCopy
 
 
 class Switch:
@@ -74,6 +75,20 @@ class DetachOutput:
         if not self.switch.on:
             return None
         return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+
+
+class RefuseReentrant:
+    """Reentrant checkpointing sees no gradient in the tensors that hooks bring in, and would train nothing."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for layer in self.layers:
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            on = layer.training and getattr(layer, "gradient_checkpointing", False)
+            if on and getattr(function, "keywords", {}).get("use_reentrant", False):
+                raise UserError("reentrant checkpointing trains no adapter; pass use_reentrant=False")
 
 
 def install_linear(site: LinearSite, part: nn.Module, switch: Switch) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from trimtab.arch import Family, Fused, Stack, family_of, select_layers
 from trimtab.errors import UserError, unknown
+
+Module: TypeAlias = Any
+"""An nn.Module. torch types a module's attributes as "tensor or module", which fits none of their uses here."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class LinearSite:
     layer: int
     role: str
     cross: bool
-    module: nn.Module
+    module: Module
     path: str
     in_features: int
     out_features: int
@@ -107,7 +111,7 @@ class KVSite:
     layer: int
     cross: bool
     causal: bool
-    module: nn.Module
+    module: Module
     path: str
     heads: int
     kv_heads: int
@@ -122,8 +126,8 @@ class EmbedsSite:
 
     key: str
     stack: str
-    body: nn.Module
-    embedding: nn.Module | None
+    body: Module
+    embedding: Module
     layers: tuple[nn.Module, ...]
     attentions: tuple[KVSite, ...]
     width: int
@@ -139,7 +143,7 @@ class HeadSite:
     """A task head (classifier, score) or the language-model head."""
 
     key: str
-    module: nn.Module
+    module: Module
     path: str
     generative: bool
     layer: int = 1_000_000
@@ -204,7 +208,9 @@ def _root(model: PreTrainedModel, family: Family) -> nn.Module:
     for path in family.roots:
         if _has(base, path):
             return base.get_submodule(path)
-    raise UserError(f"{type(model).__name__} has none of the modules {', '.join(map(repr, family.roots))} of {family.name}")
+    raise UserError(
+        f"{type(model).__name__} has none of the modules {', '.join(map(repr, family.roots))} of {family.name}"
+    )
 
 
 def _has(module: nn.Module, path: str) -> bool:
@@ -264,10 +270,10 @@ def _linear(
     return LinearSite(key, stack.name, index, role, cross, module, names[id(module)], in_features, out_features, span)
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def _features(module: Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    return module.in_features, module.out_features  # type: ignore[return-value]
+    return module.in_features, module.out_features
 
 
 def _span(where: Fused, stack: Stack, layer: nn.Module, total: int) -> tuple[Span | Interleaved, int]:
@@ -318,7 +324,7 @@ def _embeds(
     model: PreTrainedModel,
 ) -> EmbedsSite:
     body = _module(root, stack.body, model)
-    embedding = None if stack.embeds is None else _module(body, stack.embeds, model)
+    embedding: Module = None if stack.embeds is None else _module(body, stack.embeds, model)
     states_width = next(site.out_features for site in linears if site.role == "o")
     return EmbedsSite(
         key=f"{stack.name}_embeds" if stack.name else "embeds",
@@ -327,7 +333,7 @@ def _embeds(
         embedding=embedding,
         layers=layers,
         attentions=tuple(kvs),
-        width=states_width if embedding is None else embedding.embedding_dim,  # type: ignore[arg-type]
+        width=states_width if embedding is None else embedding.embedding_dim,
         insert=str(stack.insert),
         positions=stack.positions,
         reader=root.get_submodule("decoder") if stack.name == "encoder" and _has(root, "decoder") else None,

@@ -24,10 +24,10 @@ class HeadCopy(nn.Module):
     @classmethod
     def of(cls, site: HeadSite) -> HeadCopy:
         """A copy of the site's module without any hooks; its weights are untied from the base's."""
-        without_hooks = {
+        without_hooks: dict[int, Any] = {
             id(getattr(module, name)): OrderedDict() for module in site.module.modules() for name in _HOOKS
         }
-        return cls(copy.deepcopy(site.module, without_hooks))  # type: ignore[arg-type]
+        return cls(copy.deepcopy(site.module, without_hooks))
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The head's own signature: hidden states in, logits out."""

@@ -23,7 +23,7 @@ from torch import nn
 from trimtab.attention import Recorded, install_kv, recording
 from trimtab.errors import UserError
 from trimtab.hooks import Switch, named_arguments
-from trimtab.sites import EmbedsSite
+from trimtab.sites import EmbedsSite, Module
 
 
 def install_embeds(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
@@ -73,7 +73,7 @@ class SharedTokens:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "record": [], "cache": None}  # a copy of the model records anew
 
-    def __call__(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.switch.on or self.running:
             return None
         kwargs = named_arguments(body, args, kwargs)
@@ -90,9 +90,9 @@ class SharedTokens:
         known = None if self.cache is None else self.cache()
         return known is not None and known is past and not torch.is_grad_enabled() and _seen(past) > 0
 
-    def _run(self, body: nn.Module) -> list[Recorded]:
+    def _run(self, body: Module) -> list[Recorded]:
         tokens = self.part()
-        weight = self.site.embedding.weight  # type: ignore[union-attr]
+        weight = self.site.embedding.weight
         start = -tokens.shape[0] if self.site.positions == "rotary" else 0
         positions = torch.arange(start, start + tokens.shape[0], device=tokens.device)
         self.running = True
@@ -123,7 +123,7 @@ class FrontTokens:
         self.length = 0
         """How many virtual tokens stand in front in the present forward."""
 
-    def __call__(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.length = 0
         if not self.switch.on:
             return None
@@ -132,16 +132,18 @@ class FrontTokens:
         kwargs["attention_mask"] = _widen_mask(kwargs.get("attention_mask"), tokens.shape[0])
         past = kwargs.get("past_key_values")
         if past is not None and getattr(past, "is_compileable", False):
-            raise UserError("a static cache has no room for virtual tokens in this model; generate with the dynamic cache")
+            raise UserError(
+                "a static cache has no room for virtual tokens in this model; generate with the dynamic cache"
+            )
         if past is None or _seen(past) == 0:
             self.length = tokens.shape[0]
             self._insert(body, tokens, kwargs)
         return (), kwargs
 
-    def _insert(self, body: nn.Module, tokens: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    def _insert(self, body: Module, tokens: torch.Tensor, kwargs: dict[str, Any]) -> None:
         ids, embeds = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
         if embeds is None:
-            embeds = self.site.embedding(ids)  # type: ignore[misc]
+            embeds = self.site.embedding(ids)
         batch, length = embeds.shape[0], tokens.shape[0]
         kwargs["inputs_embeds"] = torch.cat([tokens.to(embeds.dtype).expand(batch, -1, -1), embeds], dim=1)
         if kwargs.get("token_type_ids") is not None:
@@ -152,9 +154,9 @@ class FrontTokens:
         elif self.site.positions == "padded":
             kwargs["position_ids"] = self._padded_positions(body, ids, kwargs)
 
-    def _padded_positions(self, body: nn.Module, ids: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _padded_positions(self, body: Module, ids: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         """RoBERTa's numbering: padding gets the padding index, the rest counts on from it."""
-        padding = body.config.pad_token_id  # type: ignore[union-attr]
+        padding: int = body.config.pad_token_id
         embeds = kwargs["inputs_embeds"]
         visible = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         if ids is not None:
@@ -249,7 +251,7 @@ class PositionsFromMask:
     def __init__(self, switches: list[Switch]):
         self.switches = switches
 
-    def __call__(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any(switch.on for switch in self.switches):
             return None
         named = named_arguments(body, args, kwargs)
@@ -261,6 +263,6 @@ class PositionsFromMask:
         return (), {**named, "position_ids": positions[:, -given.shape[1] :]}
 
 
-def takes_positions(body: nn.Module) -> bool:
+def takes_positions(body: Module) -> bool:
     """Whether the module's forward has `position_ids`."""
     return "position_ids" in inspect.signature(body.forward).parameters

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError
-from trimtab.task_head import HeadCopy
 from trimtab.sites import Sites
+from trimtab.task_head import HeadCopy
 
 
 @dataclass(frozen=True)

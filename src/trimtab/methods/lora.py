@@ -53,7 +53,10 @@ class LoRA:
 
     def build(self, sites: Sites, context: Context) -> Parts:
         """One low-rank update a chosen projection. Raises UserError for targets or layers that do not exist."""
-        return {site: LowRank(site.in_features, site.out_features, self) for site in sites.linears(self.targets, self.layers)}
+        return {
+            site: LowRank(site.in_features, site.out_features, self)
+            for site in sites.linears(self.targets, self.layers)
+        }
 
     def parameter_count(self, sites: Sites) -> int:
         """Σ r · (in + out)."""

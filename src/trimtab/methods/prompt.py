@@ -16,7 +16,7 @@ from torch import nn
 
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError
-from trimtab.sites import EmbedsSite, Sites
+from trimtab.sites import EmbedsSite, Module, Sites
 
 COMMON_TOKENS = 5000
 """The paper samples from the 5,000 most common tokens; vocabularies are listed roughly by frequency."""
@@ -76,7 +76,7 @@ class Prompt:
     def _fit(self, ids: list[int]) -> list[int]:
         return (ids * (self.length // len(ids) + 1))[: self.length]
 
-    def _from_labels(self, embedding: nn.Module, context: Context) -> torch.Tensor:
+    def _from_labels(self, embedding: Module, context: Context) -> torch.Tensor:
         """A row a label word (the mean over its tokens), the rest sampled from the vocabulary."""
         if not context.labels:
             raise UserError("prompt: init=labels needs the task's labels: attach(model, method, labels=[…])")
@@ -98,12 +98,11 @@ class VirtualTokens(nn.Module):
 
 
 @torch.no_grad()
-def _embed(embedding: nn.Module, ids: list[int]) -> torch.Tensor:
+def _embed(embedding: Module, ids: list[int]) -> torch.Tensor:
     """What the model's own embedding module gives for `ids` [len(ids), width] (some families scale inside it)."""
-    weight: torch.Tensor = embedding.weight  # type: ignore[assignment]
-    return embedding(torch.tensor(ids, device=weight.device)).detach().float().clone()
+    return embedding(torch.tensor(ids, device=embedding.weight.device)).detach().float().clone()
 
 
-def _sample(embedding: nn.Module, count: int) -> list[int]:
-    vocabulary = min(COMMON_TOKENS, embedding.weight.shape[0])  # type: ignore[union-attr]
+def _sample(embedding: Module, count: int) -> list[int]:
+    vocabulary = min(COMMON_TOKENS, embedding.weight.shape[0])
     return torch.randint(vocabulary, (count,)).tolist()

@@ -66,7 +66,9 @@ class Union:
         for method in self.methods:
             for site, part in method.build(sites, context).items():
                 if site in parts:
-                    raise UserError(f"{owner[site]} and {method.name} both claim {site.key}; give them different layers")
+                    raise UserError(
+                        f"{owner[site]} and {method.name} both claim {site.key}; give them different layers"
+                    )
                 parts[site], owner[site] = part, method.name
         return parts
 
