@@ -1,0 +1,129 @@
+"""Which examples go into which batch, and how a batch becomes tensors. Knows lengths and padding; refuses to know
+texts, models and tasks.
+
+An epoch's batches depend on (seed, epoch) alone, so that a resumed run sees the very batches it would have seen, and
+their number is the same in every epoch, because trainers count steps before they start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+IGNORED = -100
+ROWS = 16
+"""Rows of mean length that a batch holds where nothing else is said."""
+
+
+class TokenBatches(Sampler[list[int]]):
+    """Batches of at most `budget` tokens, padding included, of examples of about equal length.
+
+    Lengths are rounded up to an eighth of a power of two (22 -> 22, 45 -> 48, 90 -> 96). Within such a bucket the
+    examples are shuffled anew each epoch, then the sorted buckets are cut into batches that fit the budget by rounded
+    length, then the batches are shuffled. Rounded lengths come in the same order every epoch, so the cuts fall at the
+    same places and only the members change. An example longer than the budget is a batch of its own.
+    """
+
+    def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0, shuffle: bool = True) -> None:
+        self.ceilings = np.array([_ceiling(length) for length in lengths], dtype=np.int64)
+        self.budget, self.seed, self.shuffle, self.epoch = budget, seed, shuffle, 0
+        self.cuts = _cuts(np.sort(self.ceilings), budget)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        count = len(self.ceilings)
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(count) if self.shuffle else np.arange(count)
+        by_length = order[np.argsort(self.ceilings[order], kind="stable")]
+        turns = random.permutation(len(self.cuts)) if self.shuffle else np.arange(len(self.cuts))
+        for turn in turns:
+            start, end = self.cuts[turn]
+            yield by_length[start:end].tolist()
+
+
+def default_budget(lengths: Sequence[int]) -> int:
+    """Tokens that 16 rows of mean length take."""
+    return max(1, round(ROWS * float(np.mean(lengths)))) if len(lengths) else 1
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns examples into padded tensors: input_ids and attention_mask [B, n], labels [B, n], [B, m] or [B].
+
+    An example is anything with `input_ids` and `labels` as attributes or keys. Labels that are a list as long as the
+    input get its padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes.
+    """
+
+    pad_id: int
+    """The token that fills the padding; the mask hides it, so any will do."""
+    side: Literal["left", "right"] = "right"
+    """Where the padding goes: right for training and scoring, left for generation."""
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        inputs = [list(read(example, "input_ids")) for example in examples]
+        tensors = {
+            "input_ids": pad(inputs, self.pad_id, self.side),
+            "attention_mask": pad([[1] * len(row) for row in inputs], 0, self.side),
+        }
+        labels = [read(example, "labels") for example in examples]
+        if any(label is None for label in labels):
+            return tensors
+        return {**tensors, "labels": self._labels(inputs, labels)}
+
+    def _labels(self, inputs: list[list[int]], labels: list[Any]) -> Tensor:
+        if not isinstance(labels[0], Sequence | Tensor | np.ndarray):
+            return torch.tensor(labels)
+        rows = [list(label) for label in labels]
+        together = all(len(row) == len(ids) for row, ids in zip(rows, inputs, strict=True))
+        return pad(rows, IGNORED, self.side if together else "right")
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right") -> Tensor:
+    """Token lists of different lengths as one tensor [B, longest], filled up with `value` on one side."""
+    longest = max(len(row) for row in rows)
+    filled = torch.full((len(rows), longest), value, dtype=torch.long)
+    for index, row in enumerate(rows):
+        start = longest - len(row) if side == "left" else 0
+        filled[index, start : start + len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return filled
+
+
+def read(example: Any, field: str) -> Any:
+    """A field of an example that is a mapping or has attributes; None where it has none."""
+    return example.get(field) if isinstance(example, Mapping) else getattr(example, field, None)
+
+
+def length(example: Any) -> int:
+    """Tokens that an example takes in a batch: its input, and its target where that is a text of its own."""
+    inputs, labels = read(example, "input_ids"), read(example, "labels")
+    own = isinstance(labels, Sequence) and len(labels) != len(inputs)
+    return len(inputs) + (len(labels) if own else 0)
+
+
+def _ceiling(length: int) -> int:
+    """The length rounded up to three significant binary digits after the first."""
+    step = 1 << max(0, length.bit_length() - 4)
+    return -(-length // step) * step
+
+
+def _cuts(ceilings: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Ranges (start, end) of ascending rounded lengths such that rows × longest fits the budget."""
+    cuts, start = [], 0
+    for end in range(1, len(ceilings) + 1):
+        full = end == len(ceilings) or (end + 1 - start) * int(ceilings[end]) > budget
+        if full:
+            cuts.append((start, end))
+            start = end
+    return cuts

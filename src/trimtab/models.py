@@ -1,0 +1,256 @@
+"""Where a base model comes from and which of the three kinds it is. Knows transformers' loaders and file layouts;
+refuses to know methods, tasks' contents and training.
+
+A source is a hub id, a local folder, `pkg:NAME/path` inside an installed package, or a GGUF file (also on the hub:
+`owner/name/file.gguf`). Nothing that exists locally touches the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+from trimtab.data import resolve
+from trimtab.errors import UserError, unknown
+
+Kind = Literal["causal", "seq2seq", "encoder"]
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+CONVERTED = "gguf-1"
+"""The cache's sub-folder; the number grows when converted files would come out differently."""
+_CLASSES = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "encoder": transformers.AutoModelForSequenceClassification,
+}
+
+
+def load_model(
+    source: str,
+    kind: Kind,
+    *,
+    labels: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The base model of one kind, in eval mode; an encoder gets a classification head for `labels`.
+
+    What the files do not have (a head that fits the labels, BERT's pooler) is made anew, the same for the same `seed`.
+    Raises UserError if there is no such model.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if kind == "encoder":
+        names = dict(enumerate(labels))
+        options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+        options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _load(_CLASSES[kind], source, **options)
+    model.config._name_or_path = portable(source)  # adapters note where their base came from
+    return model.to(device) if device else model
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; one without a padding token pads with its end token, so the embeddings keep their size."""
+    tokenizer = _load(AutoTokenizer, source)
+    if tokenizer.pad_token is None:
+        spare = tokenizer.eos_token or tokenizer.unk_token
+        if spare is None:
+            raise UserError(f"the tokenizer of {source!r} has no token to pad with (neither pad, end nor unknown)")
+        tokenizer.pad_token = spare
+    return tokenizer
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The model's configuration. Raises UserError if there is no such model."""
+    return _load(AutoConfig, source)
+
+
+def kind_of(source: str, task: str) -> Kind:
+    """The kind of model that `task` ("classify" or "generate") gets from this source, by its configuration.
+
+    Encoder-decoders are "seq2seq"; a model saved as a causal language model, or whose type is one and has no masked
+    language model, is "causal"; every other is "encoder". Raises UserError for an encoder asked to generate.
+    """
+    config = load_config(source)
+    kind = _kind_of_config(config)
+    if task == "generate" and kind == "encoder":
+        raise UserError(f"{source!r} ({config.model_type}) is an encoder and cannot generate; use the task 'classify'")
+    return kind
+
+
+def _kind_of_config(config: PreTrainedConfig) -> Kind:
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    saved_as = set(config.architectures or ())
+    if saved_as & _class_names(CAUSAL) or any(name.endswith("ForCausalLM") for name in saved_as):
+        return "causal"
+    if any("ForSequenceClassification" in name or "ForMaskedLM" in name for name in saved_as):
+        return "encoder"
+    return "causal" if config.model_type in CAUSAL and config.model_type not in MASKED else "encoder"
+
+
+def _class_names(mapping: Any) -> set[str]:
+    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
+
+
+def portable(source: str) -> str:
+    """The source as it may be noted down: a local path made absolute, anything else as the user gave it."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block transformers shows neither warnings nor progress bars (the command line has its own)."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+# Where the files are
+
+
+@dataclass(frozen=True)
+class Place:
+    """What transformers' loaders are given."""
+
+    path: str
+    """A folder, or a hub id."""
+    local: bool
+    """Whether it is a folder, so that no network may be touched."""
+
+
+def locate(source: str) -> Place:
+    """The folder or hub id behind a source; a GGUF file is converted on first use. Raises UserError."""
+    path = Path(resolve(source)).expanduser()
+    if path.is_dir():
+        return Place(str(_model_folder(source, path)), local=True)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{source!r} is a file; a model is a folder with a config.json, or a .gguf file")
+        return Place(str(from_gguf(path)), local=True)
+    if source.startswith((".", "/", "~", "pkg:")) or (os.sep != "/" and os.sep in source):
+        raise UserError(f"the model {source!r} does not exist")
+    if source.lower().endswith(".gguf"):
+        return Place(str(from_gguf(_download(source))), local=True)
+    return Place(source, local=False)
+
+
+def _model_folder(source: str, folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return from_gguf(files[0])
+    if files:
+        raise UserError(f"{source!r} has several models, name one: {', '.join(file.name for file in files)}")
+    raise UserError(f"{source!r} is not a model folder: it has neither a config.json nor a .gguf file")
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, _, rest = source.partition("/")
+    name, _, file = rest.partition("/")
+    if not file:
+        raise UserError(f"the file {source!r} does not exist (on the hub a GGUF file is owner/name/file.gguf)")
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise _not_found(source, error) from error
+
+
+def _load(loader: Any, source: str, **options: Any) -> Any:
+    place = locate(source)
+    try:
+        return loader.from_pretrained(place.path, local_files_only=place.local, **options)
+    except (OSError, ValueError) as error:  # what transformers raises for missing files and unknown model types
+        raise _not_found(source, error) from error
+
+
+def _not_found(source: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return UserError(f"the model {source!r} does not load: {reason}")
+
+
+# GGUF
+
+
+def from_gguf(file: Path) -> Path:
+    """A model folder (float32 safetensors and tokenizer) with what the GGUF file holds, converted once into the cache.
+
+    transformers reads GGUF files about thirty times slower than safetensors, so the result is kept; the folder is
+    named by the file's path, size and time, and appears whole or not at all.
+    """
+    state = file.stat()
+    mark = hashlib.sha256(f"{file.resolve()}\n{state.st_size}\n{state.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_folder() / CONVERTED / f"{file.stem}-{mark}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{file.stem}-"))
+        try:
+            _convert(file, building)
+            _rename(building, target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $XDG_CACHE_HOME/trimtab, or ~/.cache/trimtab."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab"
+
+
+def _convert(file: Path, folder: Path) -> None:
+    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        model = _read_gguf(file, options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise _not_found(str(file), error) from error
+    del model.config.quantization_config  # the weights are plain now, and saving a quantised model is refused
+    model.is_quantized, model.hf_quantizer = False, None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read_gguf(file: Path, options: dict[str, Any]) -> Any:
+    options = {**options, "dtype": torch.float32}
+    try:  # reading the configuration first would cost a third of the whole conversion
+        return _CLASSES["causal"].from_pretrained(file.parent, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return _CLASSES["seq2seq"].from_pretrained(file.parent, **options)
+
+
+def _rename(building: Path, target: Path) -> None:
+    try:
+        building.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was first, and its copy is as good
+            raise

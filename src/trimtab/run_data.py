@@ -1,0 +1,75 @@
+"""The examples of a run: rows, task, both sides of the split. Knows data, tasks and tokenizers; refuses to know methods
+and training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.bars import progress
+from trimtab.data import hold_out, limit, load_rows
+from trimtab.evaluate import evaluate
+from trimtab.models import Kind, kind_of, load_tokenizer
+from trimtab.settings import TrainSettings
+from trimtab.tasks import Task, encode_all, prepare
+
+
+@dataclass(frozen=True)
+class Data:
+    """A run's examples and what reads them."""
+
+    kind: Kind
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    train: list[Any]
+    held_out: list[Any]
+
+    def evaluate(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
+        """The task's metrics on the held-out examples."""
+        return evaluate(model, self.tokenizer, self.task, self.held_out, self.kind, show=show)
+
+
+def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
+    """Rows, task and examples of both sides. Raises UserError for everything that is wrong with them."""
+    rows = load_rows(settings.data)
+    kind = kind_of(settings.model, settings.task)
+    tokenizer = load_tokenizer(settings.model)
+    task = prepare(
+        settings.task,
+        rows,
+        kind=kind,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        template=settings.template,
+        chat=settings.chat,
+        label_words=settings.label_words,
+    )
+    train, held_out = split_rows(settings, task, rows)
+    learned = encode(task, train, tokenizer, settings.max_length, kind, show, learn=True)
+    return Data(kind, tokenizer, task, learned, encode(task, held_out, tokenizer, settings.max_length, kind, show))
+
+
+def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:
+    """The rows to train on and those held out, each a seeded sample where there is a limit."""
+    if settings.eval_data is not None:
+        train, held_out = rows, load_rows(settings.eval_data)
+    else:
+        sides = hold_out(rows, settings.eval_share, settings.seed, [task.inputs(row) for row in rows])
+        train, held_out = (rows.select(side) for side in sides)
+    return limit(train, settings.limit, settings.seed), limit(held_out, settings.eval_limit, settings.seed)
+
+
+def encode(
+    task: Task,
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    kind: str,
+    show: bool | None = None,
+    learn: bool = False,
+) -> list[Any]:
+    """The rows' examples; with `learn` one for each reference text, else one a row."""
+    with progress("reading", len(rows), show) as bar:
+        return encode_all(task, rows, tokenizer, max_length, kind, bar, every_reference=learn)

@@ -1,0 +1,73 @@
+"""What one training run is made of. Knows names, defaults and meanings; refuses to know how anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of `trimtab train` and `fine_tune`; None means that the run chooses."""
+
+    model: str
+    """Base model: a hub id, a folder, a .gguf file, or pkg:NAME/path inside an installed package."""
+    data: str
+    """Training data: a .jsonl, .json, .csv, .tsv or .parquet file, pkg:NAME/path, or a hub id."""
+    output: str
+    """Folder to write the adapter and its report into."""
+    method: Any = "lora"
+    """What to train: a method string such as 'lora[r=8]', or a method object."""
+    task: str = "classify"
+    """classify or generate."""
+    text_column: str | None = None
+    """Column that holds the text; nested keys as input.-1.content."""
+    label_column: str | None = None
+    """Column that holds the label or the answer."""
+    label_words: Mapping[str, str] | None = None
+    """What a language model says for each label, e.g. 0=no,1=yes."""
+    template: str | None = None
+    """Text around a row's values, with columns in braces."""
+    chat: bool = False
+    """Put the filled template into the model's chat template as the user's turn."""
+    epochs: float = 3.0
+    """Passes over the training data."""
+    lr: float | None = None
+    """Learning rate; by default the method's own."""
+    batch_size: int | None = None
+    """Rows in a batch; instead of batch_tokens."""
+    batch_tokens: int | None = None
+    """Tokens in a batch of rows of similar length, padding included; by default 16 rows of mean length."""
+    max_length: int = 512
+    """Tokens a row may have; longer texts are cut, never labels."""
+    limit: int | None = None
+    """Train on a random sample of at most this many rows."""
+    eval_data: str | None = None
+    """Data to evaluate on; instead of eval_share."""
+    eval_share: float = 0.1
+    """Share of the data held out for evaluation."""
+    eval_limit: int | None = 1000
+    """Evaluate on a random sample of at most this many of the held-out rows."""
+    seed: int = 0
+    """Seed of everything random."""
+    name: str = "default"
+    """The adapter's name."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+    overwrite: bool = False
+    """Replace results that the output folder has."""
+    gradient_accumulation: int = 1
+    """Batches whose gradients make one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations twice."""
+    warmup: float = 0.06
+    """Share of the steps over which the learning rate rises before it falls linearly."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; never on biases and norms."""
+    dtype: str = "float32"
+    """Type of the base's weights: float32, bfloat16, float16 or auto; trained tensors are float32."""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints; by default a tenth of the run (of a whole model: an epoch)."""
+    report_to: str = "none"
+    """Where else to log, as transformers names it: tensorboard, wandb, …"""

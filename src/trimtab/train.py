@@ -1,0 +1,142 @@
+"""One training run from settings to a folder of results. Knows the order of the steps and the run's files; refuses to
+know how any step is done.
+
+    rows -> task -> examples -> model -> adapter -> evaluation -> training -> evaluation -> folder
+
+The numbers in metrics.json are those that a fresh base with the saved folder gives (`evaluate_run`): the adapter is
+folded before the second evaluation, and both go through `trimtab.evaluate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import TrainingArguments, set_seed
+
+from trimtab.adapter import Adapter, attach
+from trimtab.batches import default_budget, length
+from trimtab.memory import peak_mb, reset_peak
+from trimtab.methods.spec import parse_method
+from trimtab.models import load_model
+from trimtab.run_data import Data, load_data
+from trimtab.run_folder import LOG, begin, check_output, check_resume, finish
+from trimtab.settings import TrainSettings
+from trimtab.trainer import Trainer
+from trimtab.tuned import Tuned, evaluate_run, load_run
+
+__all__ = ["TrainSettings", "Trainer", "Tuned", "evaluate_run", "fine_tune", "load_run"]
+
+
+def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str, Any]:
+    """Run the settings; writes the output folder and returns the content of its metrics.json.
+
+    `show` turns progress bars on or off (default: only on a terminal). Raises UserError for every mistake in the
+    settings or the data, before anything is written, and for a loss that becomes non-finite; KeyboardInterrupt after
+    a Ctrl-C during training has been answered with a checkpoint.
+    """
+    folder = Path(settings.output).expanduser()
+    check_output(folder, settings)
+    data = load_data(settings, show)
+    settings = resolved(settings, data)
+    check_resume(folder, settings)
+    set_seed(settings.seed)
+    labels, words = (getattr(data.task, name, ()) for name in ("labels", "words"))  # of a task that has some
+    model = load_model(settings.model, data.kind, labels=labels, dtype=settings.dtype, seed=settings.seed)
+    adapter = attach(model, settings.method, settings.name, tokenizer=data.tokenizer, labels=words)
+    trainer = make_trainer(settings, folder, data, adapter, show)
+    main = trainer.is_world_process_zero()
+    if main:
+        begin(folder, settings)
+    with adapter.disabled():
+        before = data.evaluate(model, show)
+    parameters = count_parameters(adapter)
+    reset_peak()
+    trainer.train(resume_from_checkpoint=settings.resume)
+    trained = measure(trainer)
+    adapter.fold()
+    metrics = {"before": before, "after": data.evaluate(model, show), "train": trained, "parameters": parameters}
+    if main:
+        adapter.save(folder, task=data.task.to_config())
+        if _whole(adapter):
+            data.tokenizer.save_pretrained(folder)
+        finish(folder, metrics)
+    return metrics
+
+
+def resolved(settings: TrainSettings, data: Data) -> TrainSettings:
+    """The settings with every choice made."""
+    method = parse_method(settings.method)
+    tokens = settings.batch_tokens
+    if settings.batch_size is None and tokens is None:
+        tokens = default_budget([length(example) for example in data.train])
+    return dataclasses.replace(settings, method=method, lr=settings.lr or method.lr, batch_tokens=tokens)
+
+
+def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Adapter, show: bool | None) -> Trainer:
+    """The Trainer for resolved settings."""
+    assert settings.lr is not None
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": settings.save_steps or 0.1}
+    if settings.save_steps is None and _whole(adapter):
+        saving = {"save_strategy": "epoch"}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.lr,
+        per_device_train_batch_size=settings.batch_size or 1,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+        report_to=settings.report_to,
+        logging_steps=1,
+        disable_tqdm=True,
+        save_total_limit=1,
+        dataloader_pin_memory=transformers.utils.is_torch_cuda_available(),
+        **saving,
+        **_checkpointing(settings),
+    )
+    return Trainer(
+        adapter.model,
+        args,
+        adapter=adapter,
+        train_dataset=data.train,
+        batch_tokens=settings.batch_tokens,
+        pad_id=data.tokenizer.pad_token_id,
+        log_file=folder / LOG,
+        show=show,
+    )
+
+
+def _checkpointing(settings: TrainSettings) -> dict[str, Any]:
+    if not settings.gradient_checkpointing:
+        return {}
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__  # the older name is deprecated
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def measure(trainer: Trainer) -> dict[str, float]:
+    """What the training took: seconds, tokens (without padding), their ratio, peak memory, epochs."""
+    log = trainer.step_log
+    return {
+        "seconds": round(log.seconds, 3),
+        "tokens": log.tokens,
+        "tokens_per_second": round(log.tokens / log.seconds, 1) if log.seconds else 0.0,
+        "peak_memory_mb": peak_mb(),
+        "epochs": round(trainer.state.epoch or 0.0, 6),
+        "steps": trainer.state.global_step,
+    }
+
+
+def count_parameters(adapter: Adapter) -> dict[str, float]:
+    """Trained parameters, all parameters (the trained ones included), and the share of the former."""
+    trainable = sum(parameter.numel() for parameter in adapter.parameters())
+    total = sum(parameter.numel() for parameter in adapter.model.parameters())
+    return {"trainable": trainable, "total": total, "share": trainable / total}
+
+
+def _whole(adapter: Adapter) -> bool:
+    return bool(getattr(adapter.method, "whole_model", False))

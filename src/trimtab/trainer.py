@@ -1,0 +1,319 @@
+"""The training loop: transformers' Trainer, taught to train an adapter. Knows losses, batches and checkpoints of one
+attached model; refuses to know where models, data and settings come from (train.py does).
+
+What differs from the plain Trainer: the vocabulary is projected where a label is and nowhere else, batches may follow a
+token budget, the optimizer and the checkpoints hold the adapter's tensors only, every step is logged, and a non-finite
+number stops the run. The losses are the plain Trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from trimtab.adapter import Adapter, adapters
+from trimtab.batches import Collator, TokenBatches, length
+from trimtab.errors import UserError
+from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, label_only
+from trimtab.methods.spec import format_method
+from trimtab.snapshots import ABOUT, WEIGHTS, building, checkpoint_path, last_checkpoint, read_about, rotate, sweep
+from trimtab.watch import Guard, Interrupt, Meter, StepBar, StepLog
+
+
+class Trainer(transformers.Trainer):
+    """Trains one adapter of an attached model; takes what transformers.Trainer takes, and the arguments below.
+
+    `adapter` may be left out where exactly one is attached. Datasets are sequences of examples with `input_ids` and
+    `labels` (attributes or keys); the collator pads them. With `batch_tokens` batches hold at most that many tokens,
+    padding included; without it `args.per_device_train_batch_size` rows. `log_file` gets one JSON object a step.
+    `scorer`, called without arguments, gives the metrics of an evaluation during training. `show` turns the progress
+    bar on or off (default: only on a terminal). Ctrl-C stops after the step with a checkpoint, then raises.
+    """
+
+    loss_is_scaled_for_ga = True  # by the number of labels of the whole accumulated batch
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *,
+        adapter: Adapter | None = None,
+        batch_tokens: int | None = None,
+        pad_id: int | None = None,
+        log_file: str | Path | None = None,
+        scorer: Callable[[], dict[str, float]] | None = None,
+        show: bool | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
+    ) -> None:
+        self.adapter = adapter or _only_adapter(model)
+        self.batch_tokens, self.scorer = batch_tokens, scorer
+        self.meter = Meter()
+        self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
+        self.bar = StepBar(self.step_log, show)
+        self.interrupt = Interrupt()
+        options.setdefault("data_collator", Collator(_pad_id(model, options) if pad_id is None else pad_id))
+        with _config_kept(model):
+            super().__init__(model=model, args=args, callbacks=list(callbacks), **options)
+        self.model_accepts_loss_kwargs = True  # whatever the model's forward says: the loss is computed here
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        for callback in (Guard(self.meter, self.adapter.parameters, scaled), self.step_log, self.bar, self.interrupt):
+            self.add_callback(callback)
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train, from a checkpoint if one is given (True: the newest whole one, from the start if there is none).
+
+        Raises UserError for a non-finite loss or gradient and for a checkpoint that does not fit, KeyboardInterrupt
+        after a Ctrl-C has been answered with a checkpoint.
+        """
+        if self.args.should_save and self.args.output_dir:
+            sweep(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir or ".")
+            resume_from_checkpoint = str(found) if found else None
+        self.meter.clear()
+        try:
+            with self.interrupt.listening():
+                result = super().train(resume_from_checkpoint, *arguments, **options)
+        finally:
+            self.bar.close()
+        if self.interrupt.asked:
+            raise KeyboardInterrupt(f"stopped after step {self.state.global_step}")
+        return result
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward; notes the loss and the tokens, of all processes together."""
+        mask = inputs.get("attention_mask")
+        tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.world_size > 1:  # every process sees the same numbers, so that all stop where one must
+            tokens = self.accelerator.reduce(tokens.to(loss.device))
+            self.meter.add(self.accelerator.reduce(loss, reduction="mean"), tokens)
+        else:
+            self.meter.add(loss, tokens)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy over the labels, projected to the vocabulary there alone (everywhere with `return_outputs`)."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        base = self.accelerator.unwrap_model(model)
+        if labels.dim() == 1:
+            outputs = model(**inputs)
+            loss = label_loss(outputs.logits, labels, num_items_in_batch)
+        else:
+            inputs["use_cache"] = False
+            if base.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+                inputs["decoder_input_ids"] = decoder_inputs(base, labels)
+            if return_outputs:
+                outputs = model(**inputs)
+                loss = label_loss(outputs.logits, align_labels(base, labels), num_items_in_batch)
+            else:
+                with label_only(base, labels) as targets:
+                    outputs = model(**inputs)
+                loss = label_loss(outputs.logits, targets, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # which then average their gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The next batches of an optimizer step and how many labels they have together, over all processes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        base = self.accelerator.unwrap_model(self.model)
+        count = torch.stack([_label_count(base, batch["labels"]) for batch in batches]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return batches, count
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As transformers makes it (no weight decay on biases and norms), over the adapter's tensors."""
+        trained = {id(parameter) for parameter in self.adapter.parameters()}
+        base = self.adapter.model
+        others = [weight for weight in base.parameters() if weight.requires_grad and id(weight) not in trained]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches by token budget if one is set, else transformers' own."""
+        if self.batch_tokens is None:
+            return super().get_train_dataloader()
+        return self._token_loader(self.train_dataset, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As for training, in a fixed order."""
+        if self.batch_tokens is None:
+            return super().get_eval_dataloader(eval_dataset)
+        known: Any = self.eval_dataset
+        chosen = known[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        return self._token_loader(known if chosen is None else chosen, shuffle=False)
+
+    def _token_loader(self, dataset: Any, shuffle: bool) -> DataLoader:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        assert self.batch_tokens is not None
+        batches = TokenBatches([length(example) for example in dataset], self.batch_tokens, seed, shuffle)
+        if shuffle:
+            self.add_callback(_EpochSetter(batches))
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """The scorer's metrics if there is one, else the loss (and compute_metrics) on the evaluation set."""
+        if self.scorer is None or eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.scorer().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Loss, logits and labels of one batch; where the loss is enough, it is label-only as in training."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter (not the base model) as `adapter.save` does."""
+        if self.args.should_save:
+            self.adapter.save(output_dir or self.args.output_dir or ".")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, step = Path(self._get_output_dir(trial)), self.state.global_step
+        target = checkpoint_path(run, step)
+        self.store_flos()
+        if best := self.state.best_global_step:
+            path = checkpoint_path(run, best)
+            if best == step or path.exists():
+                self.state.best_model_checkpoint = str(path)
+        with building(target, main=self.args.should_save) as folder:
+            self.accelerator.wait_for_everyone()
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                self._save_trained(folder)
+                self._note_callbacks()
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best_path = self.state.best_model_checkpoint
+            rotate(run, self.args.save_total_limit, Path(best_path) if best_path else None)
+
+    def _save_trained(self, folder: Path) -> None:
+        if _whole(self.adapter):
+            save_model(self.adapter.model, str(folder / WEIGHTS))
+        else:
+            state = {key: value.detach().cpu().contiguous() for key, value in self.adapter.state_dict().items()}
+            save_file(state, folder / WEIGHTS)
+        about = {"name": self.adapter.name, "method": format_method(self.adapter.method)}
+        (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+
+    def _note_callbacks(self) -> None:
+        """Put the state of callbacks that have one (early stopping) into the trainer's, as transformers does."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if not isinstance(callback, ExportableState):
+                continue
+            noted: Any = self.state.stateful_callbacks
+            name, state = type(callback).__name__, callback.state()
+            noted[name] = [*noted[name], state] if isinstance(noted[name], list) else state
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        about, method = read_about(folder), format_method(self.adapter.method)
+        if about.get("method") != method:
+            raise UserError(f"{folder} is a checkpoint of {about.get('method')}, not of {method}")
+        try:
+            if _whole(self.adapter):
+                load_model(self.adapter.model, str(folder / WEIGHTS))
+            else:
+                self.adapter.load_state_dict(load_file(folder / WEIGHTS))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise UserError(f"{folder / WEIGHTS} cannot be loaded: {error}") from error
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _EpochSetter(TrainerCallback):
+    """Tells the batches which epoch it is, through whatever wrappers the loader has by then."""
+
+    def __init__(self, batches: TokenBatches) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Epochs count from 0; a resumed one has begun already."""
+        self.batches.set_epoch(int(state.epoch or 0))
+
+
+@contextmanager
+def _config_kept(model: PreTrainedModel) -> Iterator[None]:
+    """transformers' Trainer switches the model's cache off for good; here that lasts for each forward only."""
+    before = model.config.use_cache if hasattr(model.config, "use_cache") else None
+    yield
+    if before is None:
+        model.config.__dict__.pop("use_cache", None)
+    else:
+        model.config.use_cache = before
+
+
+def _only_adapter(model: PreTrainedModel) -> Adapter:
+    found = adapters(model)
+    if len(found) != 1:
+        names = ", ".join(found) or "none"
+        raise UserError(f"Trainer needs one attached adapter, there are: {names}; attach a method or pass adapter=")
+    return next(iter(found.values()))
+
+
+def _pad_id(model: PreTrainedModel, options: dict[str, Any]) -> int:
+    tokenizer = options.get("processing_class")
+    found = getattr(tokenizer, "pad_token_id", None)
+    return next((pad for pad in (found, getattr(model.config, "pad_token_id", None)) if isinstance(pad, int)), 0)
+
+
+def _label_count(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    return ((labels if labels.dim() == 1 else align_labels(model, labels)) != IGNORED).sum()
+
+
+def _whole(adapter: Adapter) -> bool:
+    return bool(getattr(adapter.method, "whole_model", False))
