@@ -13,7 +13,7 @@ from trimtab.data import hold_out, limit, load_rows
 from trimtab.evaluate import evaluate
 from trimtab.models import Kind, kind_of, load_tokenizer
 from trimtab.settings import TrainSettings
-from trimtab.tasks import Task, encode_all, prepare
+from trimtab.tasks import Task, all_inputs, encode_all, prepare
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any
     if settings.eval_data is not None:
         train, held_out = rows, load_rows(settings.eval_data)
     else:
-        sides = hold_out(rows, settings.eval_share, settings.seed, [task.inputs(row) for row in rows])
+        sides = hold_out(rows, settings.eval_share, settings.seed, all_inputs(task, rows))
         train, held_out = (rows.select(side) for side in sides)
     return limit(train, settings.limit, settings.seed), limit(held_out, settings.eval_limit, settings.seed)
 

@@ -12,6 +12,7 @@ from trimtab.checkpoint import load, read_adapter_config
 from trimtab.data import limit, load_rows
 from trimtab.errors import UserError
 from trimtab.evaluate import evaluate
+from trimtab.methods.spec import method_from_dict
 from trimtab.models import Kind, kind_of, load_model, load_tokenizer
 from trimtab.run_data import encode, split_rows
 from trimtab.run_folder import RUN, read_run_settings
@@ -42,7 +43,7 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
     task = task_from_config(config["task"])
     run = read_run_settings(folder)
     base = str(run.get("model") or config["base"]["path"])
-    whole = config["method"].get("name") == "full"
+    whole = bool(getattr(method_from_dict(config["method"]), "whole_model", False))
     kind = kind_of(base, task.name)
     labels = getattr(task, "labels", ())  # of a task that has some
     options = {key: run.get(key, getattr(TrainSettings, key)) for key in ("dtype", "seed")}

@@ -1,0 +1,395 @@
+"""The command line: flags in, results on stdout, progress on stderr, exit codes. Everything else is imported late.
+
+Exit codes: 0 done, 1 a fault of ours, 2 the user's mistake (one sentence on stderr, nothing written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimtab.config import default, field_docs, flag, is_flag, metavar
+from trimtab.errors import UserError
+from trimtab.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+_VERBOSE = "TRIMTAB_VERBOSE"
+WIDTH = 120
+"""Columns of a table where stdout is no terminal."""
+
+ABOUT = "Tune a large frozen language model by training a few small tensors."
+
+app = typer.Typer(
+    name="trimtab",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich would double the time that --help takes
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of `trimtab train`.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages, and tracebacks.")]
+
+
+def main() -> None:
+    """The `trimtab` command."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import trimtab
+
+        print(trimtab.__version__)
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What may stand before a command."""
+
+
+# -- what every command does --------------------------------------------------------------------------------------
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command whose mistakes end in one sentence and whose libraries keep quiet, unless --verbose."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, verbose: bool = False, **options: Any) -> None:
+            os.environ[_VERBOSE] = "1" if verbose else ""
+            try:
+                function(*args, **options)
+            except (UserError, OSError) as error:
+                if verbose:
+                    raise
+                _fail(error)
+            except KeyboardInterrupt as stop:
+                again = "; go on with the same command and --resume" if name == "train" else ""
+                _say(f"interrupted{f', {stop}' if str(stop) else ''}{again}")
+                raise typer.Exit(EXIT_INTERRUPTED) from None
+
+        signature = inspect.signature(function, eval_str=True)
+        extra = inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
+        _set_signature(guarded, [*signature.parameters.values(), extra])
+        app.command(name)(guarded)
+        return guarded
+
+    return register
+
+
+def _set_signature(function: Any, parameters: list[inspect.Parameter]) -> None:
+    """What typer makes the options from."""
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _fail(error: Exception) -> None:
+    if isinstance(error, BrokenPipeError):  # the reader of our stdout has gone, e.g. `trimtab methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    if isinstance(error, OSError) and error.strerror:
+        _say(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error.strerror}")
+    else:
+        for line in str(error).splitlines() or [type(error).__name__]:
+            _say(f"error: {line}")
+    raise typer.Exit(EXIT_MISTAKE) from None
+
+
+def _say(text: str) -> None:
+    """One line for people, beside the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _hush_libraries() -> None:
+    """Keeps the libraries' notes to programmers off the terminal, unless --verbose; the bars of downloads stay."""
+    if os.environ.get(_VERBOSE):
+        return
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|datasets|accelerate|huggingface_hub)\b")
+    for name in ("torch", "transformers", "datasets", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.enable_progress_bars()
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=WIDTH).print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+# -- train --------------------------------------------------------------------------------------------------------
+
+
+def train(run_file: Path | None, assignments: list[str] | None, **flags: Any) -> None:
+    """Tune a model on data.
+
+    Writes the adapter, a model card, metrics and curves into a folder. Settings come from run.yaml, --set and flags;
+    the later one wins. A finished run's run.yaml starts the same run again.
+    """
+    from trimtab.config import resolve
+    from trimtab.report import read_run, result_table, size_line
+
+    settings = resolve(run_file or _begun(flags), assignments or (), flags)
+    _hush_libraries()
+    from trimtab.train import fine_tune
+
+    fine_tune(settings)
+    facts = read_run(settings.output)
+    _show(result_table(facts))
+    print(size_line(facts))
+    print(settings.output)
+
+
+def _begun(flags: dict[str, Any]) -> Path | None:
+    """The settings that a run to be resumed began with, so that --resume --output DIR is enough."""
+    path = Path(flags["output"] or "").expanduser() / "run.yaml"
+    return path if flags["resume"] and flags["output"] and path.is_file() else None
+
+
+def _train_parameters() -> list[inspect.Parameter]:
+    """run.yaml, one option a setting (its help is the text under the field), and --set."""
+    file = Annotated[
+        Path | None, typer.Argument(metavar="run.yaml", help="Settings to start from.", show_default=False)
+    ]
+    pairs = Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
+    ]
+    return [
+        _optional("run_file", file),
+        *(_optional(name, _option_of(name, text)) for name, text in field_docs(TrainSettings).items()),
+        _optional("assignments", pairs),
+    ]
+
+
+def _optional(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+
+
+def _option_of(name: str, text: str) -> Any:
+    """Values stay text here, so that all mistakes can be told at once."""
+    if is_flag(name):
+        return Annotated[bool | None, typer.Option(flag(name), help=text, show_default=False)]
+    shown = "" if default(name) is None else f" [default: {default(name)}]"
+    return Annotated[str | None, typer.Option(flag(name), metavar=metavar(name), help=text + shown, show_default=False)]
+
+
+_set_signature(train, _train_parameters())
+command("train")(train)
+
+
+# -- using a run --------------------------------------------------------------------------------------------------
+
+
+@command("eval")
+def eval_(
+    folder: Folder,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Rows to evaluate on; default: those the run held out.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use a random sample of at most this many rows.")
+    ] = None,
+    every_row: Annotated[
+        bool, typer.Option("--every-row", help="Do not leave out the rows that the run trained on.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's adapter on a fresh base.
+
+    Without --data on the rows that the run held out: the numbers of its metrics.json.
+    """
+    _hush_libraries()
+    from trimtab.run_folder import read_run_settings
+    from trimtab.train import evaluate_run
+
+    if data is not None and not every_row and data == read_run_settings(folder).get("data"):
+        _say("these are the run's own data: evaluating on the rows that it held out (--every-row takes all)")
+        data = None
+    metrics = evaluate_run(folder, data, limit_rows=limit)
+    if as_json:
+        return _print_json(metrics)
+    for name, value in metrics.items():
+        print(f"{name:10} {value:.6g}")
+
+
+@command("generate")
+def generate(
+    folder: Folder,
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="The text; the run's template is put around it.", show_default=False)
+    ],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")] = 128,
+) -> None:
+    """Answer a prompt with a run's adapter.
+
+    A classifier answers with the label.
+    """
+    _hush_libraries()
+    from trimtab.evaluate import predict
+    from trimtab.train import load_run
+
+    run = load_run(folder)
+    example = run.task.encode(prompt, run.tokenizer, run.max_length, run.kind)
+    print(
+        predict(run.model, run.tokenizer, run.task, [example], run.kind, max_new_tokens=max_new_tokens, show=False)[0]
+    )
+
+
+@command("merge")
+def merge(
+    folder: Folder,
+    output: Annotated[
+        Path, typer.Option(metavar="MODEL", help="Folder to write the merged model into.", show_default=False)
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder has.")] = False,
+) -> None:
+    """Write an adapter into the base's weights.
+
+    The result is an ordinary model folder; it is written only if its logits are those of the adapter.
+    """
+    _hush_libraries()
+    from trimtab.merging import merge_run
+
+    merge_run(folder, output, overwrite=overwrite)
+    print(output)
+
+
+@command("demo")
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write into.")] = Path("demo-output"),
+) -> None:
+    """Tune a small model on headlines, in minutes."""
+    _hush_libraries()
+    from trimtab.demo import run_demo
+
+    run_demo(output)
+
+
+# -- methods and inspect ------------------------------------------------------------------------------------------
+
+
+@command("methods")
+def methods(as_json: Json = False) -> None:
+    """List the methods and what they cost."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    from trimtab.arch import FAMILIES
+
+    described = describe_methods()
+    if as_json:
+        return _print_json(described)
+    table = Table("name", "what it trains", "parameters", "merges", "families", box=SIMPLE_HEAD)
+    for one in described:
+        merges = "yes" if one["mergeable"] else "no"
+        families = "all" if set(one["families"]) == set(FAMILIES) else ", ".join(one["families"])
+        cells = (one["name"], f"{one['summary']} {one['paper']}", one["formula"], merges, families)
+        table.add_row(*(escape(cell) for cell in cells))
+    _show(table)
+    print(f"families: {', '.join(FAMILIES)}")
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """What each method says about itself, and the families it works on."""
+    from trimtab.arch import FAMILIES, supports
+    from trimtab.methods import METHODS
+
+    return [
+        {
+            "name": name,
+            "summary": (cls.__doc__ or "").strip().partition("\n")[0],
+            "paper": cls.paper,
+            "formula": cls.formula,
+            "kinds": sorted(cls.kinds),
+            "families": [family.name for family in FAMILIES.values() if supports(cls.kinds, family)],
+            "mergeable": cls.mergeable,
+            "lr": cls.lr,
+            "fields": _describe_fields(cls),
+        }
+        for name, cls in METHODS.items()
+    ]
+
+
+def _describe_fields(cls: Any) -> list[dict[str, Any]]:
+    import dataclasses
+
+    docs = field_docs(cls)
+    return [
+        {
+            "name": one.name,
+            "type": str(one.type),
+            "default": None if one.default is dataclasses.MISSING else one.default,
+            "help": docs.get(one.name, ""),
+        }
+        for one in dataclasses.fields(cls)
+    ]
+
+
+@command("inspect")
+def inspect_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An output folder, or a folder of them.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what an output folder holds.
+
+    Of a folder of such folders, a table.
+    """
+    from trimtab.report import read_run, result_table, run_folders, runs_table, size_line, summary
+
+    folders = run_folders(folder)
+    alone = folders == [folder]
+    if as_json:
+        return _print_json(summary(folder) if alone else [summary(one) for one in folders])
+    if not alone:
+        return _show(runs_table([summary(one) for one in folders]))
+    facts, found = read_run(folder), summary(folder)
+    for title in ("method", "base", "data"):
+        print(f"{title:7}{found[title] or '–'}")
+    if found["task"]:
+        print(f"task   {found['task'].get('name')}  {', '.join(found['task'].get('labels') or [])}".rstrip())
+    print(f"size   {size_line(facts)}")
+    _show(result_table(facts))
+
+
+if __name__ == "__main__":
+    main()

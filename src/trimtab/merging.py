@@ -1,0 +1,68 @@
+"""From a run's folder to an ordinary model folder. Knows runs and folders; refuses to know how a method merges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trimtab.adapter import adapters
+from trimtab.checkpoint import atomic_folder, read_adapter_config
+from trimtab.errors import UserError
+from trimtab.methods.spec import method_from_dict
+from trimtab.tuned import Tuned, load_run
+
+PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""How far logits may move, as a share of the largest; half precision may lose more."""
+HALF_TOLERANCE = 5e-2
+
+
+def merge_run(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> float:
+    """Writes the base model with the run's adapter in its weights, and the tokenizer, into a model folder.
+
+    Returns how far the logits moved, as a share of the largest. Raises UserError for a method that does not merge and
+    for an output folder that holds something; the folder appears whole or not at all.
+    """
+    output = Path(output).expanduser()
+    _check(Path(folder).expanduser(), output, overwrite)
+    run = load_run(folder)
+    before = probe_logits(run)
+    (adapter,) = adapters(run.model).values()
+    model = adapter.merge()
+    moved = float((probe_logits(run) - before).abs().max() / before.abs().max())
+    if not moved <= TOLERANCE.get(model.dtype, HALF_TOLERANCE):
+        raise RuntimeError(f"the merged model's logits differ by {moved:.1e} of the largest; nothing was written")
+    atomic_folder(output, lambda path: _save(model, run.tokenizer, path), overwrite=overwrite)
+    return moved
+
+
+def probe_logits(run: Tuned) -> torch.Tensor:
+    """The model's logits on a fixed text."""
+    ids = run.tokenizer(PROBE, return_tensors="pt", truncation=True, max_length=32)["input_ids"].to(run.model.device)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if run.kind == "seq2seq" else {})}
+    run.model.eval()
+    with torch.no_grad():
+        return run.model(**inputs).logits.float()
+
+
+def _check(folder: Path, output: Path, overwrite: bool) -> None:
+    """Everything that can be refused before the model is loaded."""
+    method = method_from_dict(read_adapter_config(folder)["method"])
+    if getattr(method, "whole_model", False):
+        raise UserError(f"{folder} is a whole model already; there is nothing to merge")
+    if not method.mergeable:
+        raise UserError(f"{method.name} cannot be merged: it is no change of the base's weights")
+    if output.is_file():
+        raise UserError(f"{output} is a file; --output must be a folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"{output} holds something already; choose another folder or give --overwrite")
+    if output.resolve() == folder.resolve():
+        raise UserError(f"{output} is the run's own folder; choose another")
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

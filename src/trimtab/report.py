@@ -1,0 +1,605 @@
+"""What a run says about itself: the model card, the curves, the tables. Knows a folder's files; refuses to know models.
+
+Everything is read back from the folder (metrics.json, run.yaml, log.jsonl, adapter_config.json), so that a report can
+be written again at any time and says nothing that the files do not say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from trimtab.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+CARD = "README.md"
+CURVES = "curves.svg"
+METRICS = "metrics.json"
+RUN = "run.yaml"
+LOG = "log.jsonl"
+ADAPTER = "adapter_config.json"
+
+_COLOURS = {
+    "loss": "#0072B2",
+    "lr": "#D55E00",
+    "before": "#666666",
+    "after": "#009E73",
+}  # safe for colour-blind readers
+_DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib
+_TITLES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "mcc": "Matthews correlation",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "bleu": "BLEU",
+    "examples": "examples",
+}
+
+
+def write_report(folder: str | Path) -> None:
+    """Writes README.md (the model card) and curves.svg into a finished run's folder, each in one step.
+
+    Raises UserError where the folder is not the output of `trimtab train`.
+    """
+    from trimtab.checkpoint import atomic_write
+
+    folder = Path(folder)
+    facts = read_run(folder)
+    figure = draw_curves(facts)
+    if figure is not None:
+        atomic_write(folder / CURVES, lambda path: save_figure(figure, path))
+    text = model_card(facts, curves=figure is not None)
+    atomic_write(folder / CARD, lambda path: _write(path, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The facts of a run: folder, metrics, run (settings), log (a list of steps), adapter (its configuration).
+
+    Raises UserError where metrics.json or adapter_config.json is missing or broken; run.yaml and log.jsonl may be
+    missing (an adapter saved from Python has none).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {str(folder)!r}")
+    if not (folder / ADAPTER).is_file() and not (folder / METRICS).is_file():
+        raise UserError(f"{str(folder)!r} is no output of trimtab: it has neither {ADAPTER} nor {METRICS}")
+    return {
+        "folder": folder.resolve().name,
+        "metrics": _read_json(folder / METRICS),
+        "run": _read_yaml(folder / RUN),
+        "log": _read_lines(folder / LOG),
+        "adapter": _read_json(folder / ADAPTER),
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} must hold a JSON object")
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The log's whole lines; a last line cut short by a killed run is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{str(path)!r}, line {number}, is not valid JSON: {error}") from error
+    return rows
+
+
+# -- the summary of a folder, and tables --------------------------------------------------------------------------
+
+
+def summary(folder: str | Path) -> dict[str, Any]:
+    """A run in one flat object: method, base, task, sizes, parameters, metrics before and after."""
+    facts = read_run(folder)
+    adapter, metrics, run = facts["adapter"], facts["metrics"], facts["run"]
+    return {
+        "folder": str(folder),
+        "name": adapter.get("name"),
+        "method": method_text(facts),
+        "fields": adapter.get("method") or {},
+        "base": base_path(facts),
+        "family": adapter.get("base", {}).get("model_type"),
+        "task": adapter.get("task") or {},
+        "data": run.get("data"),
+        "parameters": metrics.get("parameters") or {},
+        "bytes": metrics.get("bytes"),
+        "train": metrics.get("train") or {},
+        "before": metrics.get("before") or {},
+        "after": metrics.get("after") or {},
+    }
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """The folder itself if it is a run, else the runs directly inside it, by name.
+
+    Raises UserError where there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {str(folder)!r}")
+    if _is_run(folder):
+        return [folder]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path))
+    if not inside:
+        raise UserError(
+            f"{str(folder)!r} is no output of trimtab and holds none: no {ADAPTER} there or one level below"
+        )
+    return inside
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / ADAPTER).is_file() or (folder / METRICS).is_file()
+
+
+def result_table(facts: dict[str, Any], title: str = "") -> Table:
+    """The metrics before and after, for the console."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title) or None, title_justify="left", box=SIMPLE_HEAD)
+    for heading, side in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for row in metric_rows(facts["metrics"]):
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def runs_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """Many runs, one a row, for the console."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    names = [name for name in _metric_names(*(one["after"] for one in summaries)) if name not in ("loss", "examples")]
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("folder", overflow="fold")
+    table.add_column("method", overflow="fold")
+    for heading in ("parameters", "bytes", *(_TITLES.get(name, name) for name in names)):
+        table.add_column(heading, justify="right")
+    for one in summaries:
+        counted = [number(one["parameters"].get("trainable")), size(one["bytes"])]
+        cells = [Path(one["folder"]).name, one["method"], *counted, *(number(one["after"].get(name)) for name in names)]
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
+
+
+def size_line(facts: dict[str, Any]) -> str:
+    """How many parameters and bytes the tuned part takes, in one line."""
+    counted, stored = facts["metrics"].get("parameters") or {}, facts["metrics"].get("bytes")
+    share = counted.get("share")
+    of_base = f" ({share:.3%} of {number(counted.get('total'))})" if isinstance(share, (int, float)) else ""
+    return f"{number(counted.get('trainable'))} trained parameters{of_base}, {size(stored)} on disk"
+
+
+def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(title, before, after, change) for every metric that either side has."""
+    before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    rows = []
+    for name in _metric_names(after, before):
+        old, new = before.get(name), after.get(name)
+        change = f"{new - old:+.4g}" if _is_number(old) and _is_number(new) and name != "examples" else ""
+        rows.append((_TITLES.get(name, name), number(old), number(new), change))
+    return rows
+
+
+def _metric_names(*sides: dict[str, Any]) -> list[str]:
+    """Scalar metrics in the order of _TITLES, then the others."""
+    seen = {name for side in sides for name, value in side.items() if _is_number(value)}
+    return [name for name in _TITLES if name in seen] + sorted(seen - set(_TITLES))
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def number(value: Any) -> str:
+    """1234567 -> '1,234,567', 0.71234 -> '0.7123', None -> '–'."""
+    if not _is_number(value):
+        return "–" if value is None else str(value)
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) >= 1000):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def size(count: Any) -> str:
+    """Bytes for people: 1234 -> '1,234 bytes', 5000000 -> '5.0 MB'."""
+    if not _is_number(count):
+        return "–"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 10 * factor or (unit == "MB" and count >= factor):
+            return f"{count / factor:,.1f} {unit}"
+    return f"{int(count):,} bytes"
+
+
+# -- the model card -----------------------------------------------------------------------------------------------
+
+
+def method_text(facts: dict[str, Any]) -> str:
+    """The method's string, from the adapter's configuration."""
+    described = facts["adapter"].get("method") or facts["run"].get("method")
+    if not isinstance(described, dict):
+        return str(described or "–")
+    from trimtab.methods.spec import format_method, method_from_dict
+
+    return format_method(method_from_dict(described))
+
+
+def base_path(facts: dict[str, Any]) -> str:
+    """Where the base model came from, as the user gave it."""
+    return str(facts["adapter"].get("base", {}).get("path") or facts["run"].get("model") or "–")
+
+
+def model_card(facts: dict[str, Any], curves: bool = True) -> str:
+    """The README.md of a run, in the Hugging Face model card's form."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters.update(
+        cell=_cell, number=number, size=size, json=lambda value: json.dumps(value, ensure_ascii=False)
+    )
+    return environment.from_string(_CARD).render(**_card_facts(facts), curves=curves)
+
+
+def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    adapter, metrics, run = facts["adapter"], facts["metrics"], facts["run"]
+    methods = _methods(adapter.get("method"))
+    base, task, counted = base_path(facts), adapter.get("task") or {}, metrics.get("parameters") or {}
+    return {
+        "title": facts["folder"],
+        "base": base,
+        "hub_id": base if _is_hub_id(base) else None,
+        "base_class": adapter.get("base", {}).get("class", "AutoModel"),
+        "family": adapter.get("base", {}).get("model_type", "–"),
+        "method": method_text(facts),
+        "papers": [_describe(one) for one in methods],
+        "whole_model": (adapter.get("method") or {}).get("name") == "full",
+        "task": task,
+        "data": run.get("data"),
+        "eval_data": run.get("eval_data"),
+        "rows": metric_rows(metrics),
+        "train": metrics.get("train") or {},
+        "trained": f"{number(counted.get('trainable'))} of {number(counted.get('total'))}",
+        "bytes": metrics.get("bytes"),
+        "size_line": size_line(facts),
+        "settings": {key: value for key, value in run.items() if key in _SETTINGS and value is not None},
+        "names": _NAMES,
+        "merges": bool(methods) and all(one.mergeable for one in methods),
+        "versions": run.get("versions") or {},
+    }
+
+
+_SETTINGS = ("lr", "batch_size", "batch_tokens", "max_length", "limit", "eval_share", "seed")
+_NAMES = {
+    "lr": "learning rate",
+    "batch_size": "rows in a batch",
+    "batch_tokens": "tokens in a batch",
+    "max_length": "longest row, tokens",
+    "limit": "rows used at most",
+    "eval_share": "share held out",
+    "tokens_per_second": "tokens a second",
+    "peak_memory_mb": "peak memory, MB",
+}
+
+
+def _methods(described: Any) -> list[Any]:
+    """The method of a configuration, or the members of a union."""
+    if not isinstance(described, dict):
+        return []
+    from trimtab.methods.spec import method_from_dict
+
+    method = method_from_dict(described)
+    return list(getattr(method, "methods", (method,)))
+
+
+def _describe(method: Any) -> dict[str, Any]:
+    from trimtab.methods.spec import method_to_dict
+
+    fields = {key: value for key, value in method_to_dict(method).items() if key != "name" and value is not None}
+    what = (type(method).__doc__ or "").strip().partition("\n")[0]
+    return {"name": method.name, "what": what, "paper": method.paper, "fields": fields}
+
+
+def _is_hub_id(base: str) -> bool:
+    parts = base.split("/")
+    return len(parts) <= 2 and all(part and part[0].isalnum() for part in parts) and ":" not in base and base != "–"
+
+
+def _cell(value: Any) -> str:
+    """Any value as the inside of a Markdown table's cell."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "\\n").replace("<", "&lt;")
+
+
+_CARD = """\
+---
+library_name: trimtab
+{% if hub_id %}
+base_model: {{ hub_id | json }}
+{% endif %}
+tags:
+- trimtab
+- parameter-efficient-fine-tuning
+{% for paper in papers %}
+- {{ paper.name }}
+{% endfor %}
+---
+
+# {{ title }}
+
+{% if whole_model %}
+A fully fine-tuned copy of `{{ base }}`.
+{% else %}
+A small set of trained tensors for the frozen base model `{{ base }}`: {{ size_line }}.
+{% endif %}
+
+| | |
+|---|---|
+| base model | `{{ base | cell }}` ({{ base_class }}, family {{ family }}) |
+| method | `{{ method | cell }}` |
+{% if task %}
+| task | {{ task.name | cell }} |
+{% if task.get("labels") %}
+| labels | {{ task.labels | join(", ") | cell }} |
+{% endif %}
+{% if task.get("template") %}
+| template | `{{ task.template | cell }}` |
+{% endif %}
+{% endif %}
+{% if data %}
+| data | `{{ data | cell }}` |
+{% endif %}
+{% if eval_data %}
+| evaluation data | `{{ eval_data | cell }}` |
+{% endif %}
+| trained parameters | {{ trained }} |
+| size on disk | {{ bytes | size }} |
+{% if papers %}
+
+## Method
+
+{% for paper in papers %}
+- **{{ paper.name }}**: {{ paper.what }} {{ paper.paper }}.
+{% for key, value in paper.fields.items() %}
+  - {{ key }}: `{{ value | cell }}`
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% if rows %}
+
+## Results
+
+On rows held out from training, with the frozen base model before and the tuned model after:
+
+| | before | after | change |
+|---|---:|---:|---:|
+{% for title, before, after, change in rows %}
+| {{ title | cell }} | {{ before }} | {{ after }} | {{ change }} |
+{% endfor %}
+{% endif %}
+{% if curves %}
+
+![Training loss and learning rate by step](curves.svg)
+{% endif %}
+{% if train or settings %}
+
+## Training
+
+| | |
+|---|---|
+{% for key, value in settings.items() %}
+| {{ names.get(key, key) }} | `{{ value | cell }}` |
+{% endfor %}
+{% for key, value in train.items() %}
+| {{ names.get(key, key) }} | {{ value | number }} |
+{% endfor %}
+{% endif %}
+{% if versions %}
+
+Versions: {% for key, value in versions.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}.
+{% endif %}
+
+## Use
+
+On the command line, from the folder that holds this one:
+
+```bash
+trimtab eval {{ title }} --data DATA
+{% if task.get("name") == "generate" %}
+trimtab generate {{ title }} --prompt "…"
+{% endif %}
+{% if merges %}
+trimtab merge {{ title }} --output merged   # an ordinary model folder
+{% endif %}
+```
+
+In Python:
+
+```python
+{% if whole_model %}
+from transformers import AutoTokenizer, {{ base_class }}
+
+model = {{ base_class }}.from_pretrained({{ title | json }})
+tokenizer = AutoTokenizer.from_pretrained({{ title | json }})
+{% else %}
+from trimtab.train import load_run
+
+run = load_run({{ title | json }})   # run.model (the base with this adapter), run.tokenizer, run.task
+```
+
+or on a base model of yours:
+
+```python
+import trimtab as tt
+
+adapter = tt.load(model, {{ title | json }})   # model: {{ base_class }}
+{% endif %}
+```
+
+## Licence
+
+This folder holds what was trained, not the base model. The base model and the training data have their own licences
+and terms; both may also apply to what was derived from them, so check them before sharing or selling.
+"""
+
+
+# -- the curves ---------------------------------------------------------------------------------------------------
+
+
+def draw_curves(facts: dict[str, Any]) -> Figure | None:
+    """Training loss with the evaluation's loss before and after, and the learning rate, by step; None without steps."""
+    steps = [row for row in facts["log"] if _is_number(row.get("step")) and _is_number(row.get("loss"))]
+    if not steps:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _draw_losses(losses, steps, facts["metrics"])
+    _draw_rates(rates, steps)
+    title = _title(facts)
+    figure.suptitle(title, fontsize=12, fontfamily=_fonts_for(title), parse_math=False)
+    return figure
+
+
+def _draw_losses(axes: Any, steps: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> None:
+    x, y = [row["step"] for row in steps], [row["loss"] for row in steps]
+    smooth = len(y) >= 10
+    axes.plot(x, y, color=_COLOURS["loss"], alpha=0.3 if smooth else 1.0, linewidth=1, label="each step")
+    if smooth:
+        axes.plot(x, smoothed(y), color=_COLOURS["loss"], linewidth=2, label="smoothed")
+    places = {"before": 0, "after": x[-1]}
+    for side, place in places.items():
+        loss = (metrics.get(side) or {}).get("loss")
+        if _is_number(loss) and math.isfinite(loss):
+            axes.plot(place, loss, "o", color=_COLOURS[side], markersize=7, clip_on=False, label=f"held out, {side}")
+    axes.set_ylabel("loss")
+    axes.set_xlim(0, max(x[-1], 1))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_rates(axes: Any, steps: Sequence[dict[str, Any]]) -> None:
+    rated = [row for row in steps if _is_number(row.get("lr"))]
+    axes.plot([row["step"] for row in rated], [row["lr"] for row in rated], color=_COLOURS["lr"], linewidth=1.5)
+    axes.set_ylabel("learning rate")
+    axes.set_xlabel("step")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A centred moving average over about a tenth of the values."""
+    half = max(1, len(values) // 20)
+    windows = (values[max(0, place - half) : place + half + 1] for place in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _title(facts: dict[str, Any]) -> str:
+    """The method, the base and the data, and what the first metric did; lines short enough for the picture."""
+    first = f"{method_text(facts)} on {_short(base_path(facts))}"
+    if facts["run"].get("data"):
+        first += f", data {_short(str(facts['run']['data']))}"
+    name, old, new, _ = next(iter(metric_rows(facts["metrics"])), ("", "–", "–", ""))
+    result = [f"{name} {old} → {new} on held-out rows"] if name else []
+    return "\n".join([*textwrap.wrap(first, 90), *result])
+
+
+def _short(path: str) -> str:
+    """The last two parts of a path, which is what tells one file from another."""
+    return "/".join(path.replace("pkg:", "").rstrip("/").split("/")[-2:])
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes the SVG, the same bytes each time. Text that no installed font can draw stays text for the viewer's."""
+    import matplotlib
+
+    settings: Any = {"svg.hashsalt": "trimtab", "svg.fonttype": "path" if _drawable(figure.get_suptitle()) else "none"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _fonts_for(text: str) -> list[str]:
+    """The default font, then the installed fonts that have characters which it lacks."""
+    installed = _installed_fonts()
+    fonts, missing = [_DEFAULT_FONT], _missing(text, installed[_DEFAULT_FONT])
+    for name, file in sorted(installed.items()):
+        left = missing & _missing(text, file) if missing else missing
+        if left < missing:
+            fonts.append(name)
+            missing = left
+    return fonts
+
+
+def _drawable(text: str) -> bool:
+    installed = _installed_fonts()
+    return not set.intersection(*(_missing(text, installed[name]) for name in _fonts_for(text)))
+
+
+def _installed_fonts() -> dict[str, str]:
+    """Upright fonts of normal weight: name to file; without the one that draws boxes for everything."""
+    from matplotlib import font_manager
+
+    return {
+        entry.name: entry.fname
+        for entry in font_manager.fontManager.ttflist
+        if entry.style == "normal" and entry.weight in (400, "normal", "regular", "book")
+        if not entry.name.startswith("Last Resort") and Path(entry.fname).is_file()
+    }
+
+
+def _missing(text: str, file: str) -> set[str]:
+    """The visible characters of `text` that a font file cannot draw."""
+    from matplotlib import font_manager
+
+    glyphs = font_manager.get_font(file).get_charmap()
+    return {char for char in text if not char.isspace() and ord(char) not in glyphs}
