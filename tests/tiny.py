@@ -57,7 +57,13 @@ _MAKE: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_DECODER)),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_DECODER)),
     "gemma2": lambda: tf.Gemma2ForCausalLM(
-        tf.Gemma2Config(**_DECODER, sliding_window=5, query_pre_attn_scalar=8, attn_logit_softcapping=2.0)
+        tf.Gemma2Config(
+            **_DECODER,
+            sliding_window=5,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=2.0,
+            attn_implementation="eager",  # the only one that caps, and the default of newer versions
+        )
     ),
     "gemma3_text": lambda: tf.Gemma3ForCausalLM(
         tf.Gemma3TextConfig(
