@@ -58,7 +58,7 @@ def methods_table(chinese: bool = False) -> str:
     )
     rows = []
     for name, method in METHODS.items():
-        said = CHINESE[name] if chinese else _first_line(method).rstrip(".")
+        said = CHINESE.get(name, _first_line(method).rstrip(".")) if chinese else _first_line(method).rstrip(".")
         merges = ("是" if method.mergeable else "否") if chinese else ("yes" if method.mergeable else "no")
         rows.append((f"[`{name}`](docs/methods/{name}.md)", said, method.formula, merges, method.paper))
     return _table(head, rows)
@@ -66,12 +66,24 @@ def methods_table(chinese: bool = False) -> str:
 
 def families_table(chinese: bool = False) -> str:
     """One row a group of families, with the methods that work on all of them."""
-    assert {name for names in GROUPS.values() for name in names} == set(FAMILIES)
+    known = {name for names in GROUPS.values() for name in names}
+    groups = GROUPS | (
+        {"others": tuple(name for name in FAMILIES if name not in known)} if set(FAMILIES) - known else {}
+    )
     rows = []
-    for group, names in GROUPS.items():
-        working = [name for name, method in METHODS.items() if set(names) <= set(supported(method.kinds))]
-        rows.append((CHINESE_GROUPS[group] if chinese else group, ", ".join(names), ", ".join(working)))
+    for group, names in groups.items():
+        working = [text for name, method in METHODS.items() if (text := _where(name, method, names, chinese))]
+        rows.append((CHINESE_GROUPS.get(group, group) if chinese else group, ", ".join(names), ", ".join(working)))
     return _table(("类别", "模型家族", "方法") if chinese else ("kind", "families", "methods"), rows)
+
+
+def _where(name: str, method: Any, families: tuple[str, ...], chinese: bool) -> str:
+    """The method's name if it works on these families, with those on which it does not."""
+    missing = [family for family in families if family not in supported(method.kinds)]
+    if len(missing) == len(families):
+        return ""
+    note = "除" if chinese else "not "
+    return f"{name} ({note}{', '.join(missing)})" if missing else name
 
 
 BLOCKS = {

@@ -5,13 +5,11 @@ context_i = Σ_j softmax_j( cap(scale · q_i·k_j) + bias_ij  over the visible j
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 PREFIXES: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -81,14 +79,3 @@ def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 AttentionInterface.register("naive_reference", naive)
 AttentionMaskInterface.register("naive_reference", _mask)
-
-
-@contextmanager
-def by_hand(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Inside, the model uses the naive attention; PREFIXES and GATED are emptied afterwards."""
-    model.set_attn_implementation("naive_reference")
-    try:
-        yield model
-    finally:
-        PREFIXES.clear()
-        GATED.clear()

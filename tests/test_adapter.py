@@ -176,11 +176,24 @@ def test_to_moves_the_adapter() -> None:
     assert isinstance(model.trimtab, Attachments)
 
 
-def test_full_trains_everything_in_place() -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_full_is_plain_full_tuning(family: str) -> None:
+    """The gradients of every parameter, and the losses of three steps, of the same model without trimtab."""
+    model, plain, batch = tiny(family).train(), tiny(family).eval(), inputs(family)
     adapter = tt.attach(model, "full")
     assert {id(p) for p in adapter.parameters()} == {id(p) for p in model.parameters()}
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    optimisers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, plain)]
+    for _ in range(3):
+        losses = [output(one, batch).pow(2).mean() for one in (model, plain)]
+        assert torch.allclose(*losses, rtol=1e-6)
+        for optimiser, loss in zip(optimisers, losses, strict=True):
+            optimiser.zero_grad()
+            loss.backward()
+        for (name, found), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (found.grad is None) == (expected.grad is None), name
+            assert found.grad is None or torch.allclose(found.grad, expected.grad, atol=1e-6), name
+        for optimiser in optimisers:
+            optimiser.step()
     with pytest.raises(tt.UserError, match="default"):
         tt.attach(model, "full")
 
@@ -247,8 +260,19 @@ def test_reentrant_checkpointing_is_refused() -> None:
         output(model, inputs("llama"))
 
 
+def test_attention_chosen_after_attaching_is_refused() -> None:
+    """Silently losing the virtual tokens would be worse."""
+    model = tiny("llama")
+    adapter = tt.attach(model, "prompt[length=3]")
+    model.set_attn_implementation("eager")
+    with pytest.raises(tt.UserError, match="eager"):
+        output(model, inputs("llama"))
+    adapter.detach()
+    output(model, inputs("llama"))
+
+
 def test_public_names() -> None:
-    assert sorted(tt.__all__) == tt.__all__ or set(tt.__all__) == set(tt._HOME)
+    assert set(tt.__all__) == set(tt._HOME)
     for name in tt.__all__:
         assert getattr(tt, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import trimtab as tt
-from reference import GATED, PREFIXES, by_hand
+from reference import GATED, PREFIXES
 from tiny import CAUSAL, FAMILIES, SEQ2SEQ, VISION, inputs, output, tiny
 from trimtab.attention import NAME
 from trimtab.contract import Context, Parts
@@ -219,9 +219,3 @@ def test_text_probabilities_do_not_depend_on_gated_prompts() -> None:
     for name, parameter in adapter.named_parameters():
         parameter.data.fill_(0.0) if name.endswith("gate") else parameter.data.mul_(10)
     assert torch.equal(output(model, batch), output(tiny("llama", torch.float64), batch))
-
-
-def test_by_hand_context_clears_its_tables() -> None:
-    with by_hand(tiny("llama")):
-        PREFIXES[0] = (torch.zeros(1), torch.zeros(1))
-    assert not PREFIXES

@@ -55,7 +55,7 @@ def _config(folder: Path, **changes: Any) -> None:
 def _tensors(folder: Path, change: Any) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)  # without the note of its method, as a foreign tool would
 
 
 def _missing(tensors: dict[str, torch.Tensor]) -> None:
@@ -83,6 +83,7 @@ def _shape(tensors: dict[str, torch.Tensor]) -> None:
         (lambda folder: (folder / CONFIG).write_text("[1]"), "no JSON object"),
         (lambda folder: (folder / CONFIG).write_text("{}"), "lacks format"),
         (lambda folder: (folder / CONFIG).unlink(), "no adapter folder"),
+        (lambda folder: _config(folder, method={"name": "lora", "r": 3}), "cut short"),
         (lambda folder: _config(folder, format=99), "format 99"),
         (lambda folder: _config(folder, method={"name": "lore"}), "'lora'"),
         (lambda folder: _config(folder, method={"name": "lora", "rank": 2}), "rank"),

@@ -135,6 +135,57 @@ def test_losses_are_those_of_the_plain_trainer(tmp_path: Path, kind: str, method
     assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-5)
 
 
+def _vision() -> tuple[hf.PreTrainedModel, list[dict[str, Any]], dict[str, Any]]:
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(16)]
+    return hf.ViTForImageClassification(hf.ViTConfig(image_size=8, patch_size=4, **sizes)), rows, {}
+
+
+def _tokens_of_a_kind() -> tuple[hf.PreTrainedModel, list[dict[str, Any]], dict[str, Any]]:
+    config = hf.BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **COMMON)
+    rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(8) % 2} for _ in range(16)]
+    return hf.BertForTokenClassification(config), rows, {}
+
+
+def _regression() -> tuple[hf.PreTrainedModel, list[dict[str, Any]], dict[str, Any]]:
+    config = tiny_bert().config
+    config.num_labels = 1
+    rows = [{"input_ids": torch.arange(3, 11), "labels": float(i)} for i in range(16)]
+    return hf.BertForSequenceClassification(config), rows, {}
+
+
+def _smoothing() -> tuple[hf.PreTrainedModel, list[dict[str, Any]], dict[str, Any]]:
+    rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)} for _ in range(16)]
+    return tiny_llama(), rows, {"label_smoothing_factor": 0.1}
+
+
+@pytest.mark.parametrize("make_case", [_vision, _tokens_of_a_kind, _regression, _smoothing])
+def test_other_losses_are_left_to_transformers(tmp_path: Path, make_case: Any) -> None:
+    """Pictures, token classification, regression, label smoothing: the plain Trainer's losses."""
+    found = []
+    for trainer_class in (hf.Trainer, Trainer):
+        torch.manual_seed(0)
+        model, rows, options = make_case()
+        torch.manual_seed(1)
+        tt.attach(model, "lora[r=2]")
+        args = arguments(tmp_path / trainer_class.__module__, num_train_epochs=1, **{"save_strategy": "no", **options})
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, data_collator=hf.default_data_collator)
+        trainer.train()
+        found.append(losses(trainer))
+    assert len(found[0]) >= 1 and found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_an_adapter_that_is_not_the_active_one_is_trained_all_the_same(tmp_path: Path) -> None:
+    model = tiny_llama()
+    first, second = tt.attach(model, "lora[r=2]", "first"), tt.attach(model, "lora[r=2]", "second")
+    before = [{name: value.clone() for name, value in one.state_dict().items()} for one in (first, second)]
+    rows = examples()
+    Trainer(model, arguments(tmp_path, save_strategy="no"), adapter=first, train_dataset=rows).train()
+    assert first.active
+    assert any(not torch.equal(value, before[0][name]) for name, value in first.state_dict().items())
+    assert_equal(second.state_dict(), before[1])
+
+
 def test_evaluation_with_metrics_sees_the_plain_trainers_logits(tmp_path: Path) -> None:
     def metrics(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions

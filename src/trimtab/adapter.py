@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trimtab.arch import FAMILIES, supports
-from trimtab.attention import AttentionSetting, install_kv
+from trimtab.attention import AttentionSetting, RefuseOtherAttention, install_kv
 from trimtab.contract import Context, Method
 from trimtab.errors import UserError
 from trimtab.hooks import DetachInput, DetachOutput, RefuseReentrant, Switch, install_head, install_linear
@@ -91,7 +91,7 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the frozen base; hooks stay in place."""
+        """Inside, the model is the frozen base; hooks stay in place. Full fine-tuning has no frozen base left."""
         attachments = _attachments(self.model)
         before = attachments.active
         attachments.use(None)
@@ -129,7 +129,10 @@ class Adapter:
         return self.model
 
     def detach(self) -> PreTrainedModel:
-        """Take the adapter off; after the last one the base model is what it was, bit for bit. Returns the model."""
+        """Take the adapter off; after the last one the base model is what it was, bit for bit. Returns the model.
+
+        Full fine-tuning trains the given model itself: what it learned stays.
+        """
         attachments = _attachments(self.model)
         attachments.remove(self._entry)
         if not attachments.entries:
@@ -157,7 +160,8 @@ class Entry(nn.Module):
         self.parts = nn.ModuleDict({site.key: _placed(site, part) for site, part in parts.items()})
         self.switch = Switch()
         self.handles: list[Any] = []
-        self.cuts = list(_cuts(self.sites, attachments.sites))
+        whole = getattr(method, "whole_model", False)
+        self.cuts = [] if whole else list(_cuts(self.sites, attachments.sites))
         self.uses_attention = any(
             isinstance(site, KVSite) or (isinstance(site, EmbedsSite) and site.insert == "shared") for site in parts
         )
@@ -194,6 +198,7 @@ class Attachments(nn.Module):
         self.dropouts = list(_dropouts(model))
         first_layers = [layers[0] for layers in self.sites.layer_modules.values()]
         self.handles: list[Any] = [model.register_forward_pre_hook(RefuseReentrant(first_layers))]
+        self.handles.append(model.register_forward_pre_hook(RefuseOtherAttention(self.attention)))
         self.handles += _position_hooks(self.sites, self.switches)
         for parameter in self.trainable:
             parameter.requires_grad_(False)
@@ -407,6 +412,6 @@ def _dropouts(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, float]]:
 
 def _position_hooks(sites: Sites, switches: list[Switch]) -> Iterator[Any]:
     for site in sites.embeds:
-        if site.insert == "shared" and takes_positions(site.body):
+        if site.attentions and site.attentions[0].causal and takes_positions(site.body):
             hook = PositionsFromMask(switches)
             yield site.body.register_forward_pre_hook(hook, with_kwargs=True)

@@ -66,15 +66,20 @@ class Family:
     stacks: tuple[Stack, ...]
     roots: tuple[str, ...] = ("",)
     """Paths, from `model.base_model`, at which the stacks' names start; the first that exists counts."""
+    head: bool = True
+    """Whether any of its classes has a head; a bare vision tower has none."""
     interface: bool = True
     """Whether its attention goes through transformers' AttentionInterface (sites of kind `kv` need it)."""
 
     @property
     def kinds(self) -> frozenset[str]:
         """The site kinds that this family has."""
-        without_kv = set(KINDS) - ({"kv"} if not self.interface else set())
-        has_embeds = any(stack.insert for stack in self.stacks)
-        return frozenset(without_kv if has_embeds else without_kv - {"embeds"})
+        present = {
+            "kv": self.interface,
+            "embeds": any(stack.insert for stack in self.stacks),
+            "head": self.head,
+        }
+        return frozenset(kind for kind in KINDS if present.get(kind, True))
 
 
 def _fused(path: str, *parts: str, interleaved: bool = False) -> dict[str, Fused]:
@@ -261,8 +266,9 @@ def _families() -> Iterator[Family]:
     yield Family("whisper", (_bart("encoder", "states"), _bart("decoder", None)))
     yield Family("vit", (_vision("layers", "attention", "o_proj"),))
     yield Family("dinov2", (_vision("encoder.layer", "attention", "o_proj"),))
-    for name in ("clip", "clip_vision_model"):
-        yield Family(name, (_vision("encoder.layers", "self_attn", "out_proj"),), roots=("vision_model", ""))
+    clip = _vision("encoder.layers", "self_attn", "out_proj")
+    yield Family("clip", (clip,), roots=("vision_model", ""))
+    yield Family("clip_vision_model", (clip,), roots=("vision_model", ""), head=False)
 
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _families()}

@@ -66,6 +66,7 @@ class AttentionSetting:
         configs = {id(module.config): module.config for module in self.modules}
         self.previous = [(config, config._attn_implementation) for config in configs.values()]
         self.users = 0
+        self.on = False
 
     def acquire(self) -> None:
         """Make room at every attention module; the first user creates the slots."""
@@ -91,8 +92,24 @@ class AttentionSetting:
 
     def set(self, on: bool) -> None:
         """Use the registered function, or what the model had."""
+        self.on = on
         for config, previous in self.previous:
             config._attn_implementation = NAME if on else previous
+
+
+class RefuseOtherAttention:
+    """Keys and values are added by the registered function: a model switched to another one would lose them silently."""
+
+    def __init__(self, setting: AttentionSetting):
+        self.setting = setting
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for config, _ in self.setting.previous:
+            if self.setting.on and config._attn_implementation != NAME:
+                raise UserError(
+                    f"the attention was set to {config._attn_implementation!r} after an adapter was attached that acts "
+                    "through it; choose the attention first, then attach"
+                )
 
 
 class KVHandle:

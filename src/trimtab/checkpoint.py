@@ -25,12 +25,15 @@ from transformers import PreTrainedModel
 from trimtab.adapter import Adapter, attach, folded_parts
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict, method_to_dict
+from trimtab.snapshots import sync
 
 CONFIG = "adapter_config.json"
 WHOLE_CONFIG = "trimtab_config.json"
 """The configuration beside a whole model: transformers would take an `adapter_config.json` there for peft's."""
 WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
+_METHOD = "method"
+"""The key under which the safetensors file says whose tensors it holds."""
 _SAMPLES = 1024  # elements of each tensor that enter the fingerprint
 
 
@@ -64,6 +67,7 @@ def atomic_folder(target: Path, fill: Callable[[Path], object], *, overwrite: bo
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         fill(temporary)
+        sync(temporary)
         temporary.chmod(0o755)
         _swap(temporary, target)
     finally:
@@ -112,7 +116,8 @@ def _base_tensors(base: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | None = None) -> Path:
     """Write an adapter's folded tensors and configuration into `folder`; returns the folder.
 
-    Full fine-tuning is written as a transformers model folder with a `trimtab_config.json` in it.
+    Each file is put in place in one step, and the tensors carry their method, so that tensors of one save beside the
+    configuration of another are refused when they are read. Files of an earlier save are replaced. Full fine-tuning is written as a transformers model folder with a `trimtab_config.json` in it.
     """
     entry = adapter._entry
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +135,8 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
         write_json(folder / WHOLE_CONFIG, config)
     else:
         tensors = folded_state(adapter)
-        atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        metadata = {"format": "pt", _METHOD: json.dumps(config["method"], sort_keys=True)}
+        atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
         write_json(folder / CONFIG, config)
     return folder
 
@@ -153,7 +159,14 @@ def describe_base(model: PreTrainedModel) -> dict[str, Any]:
 
 def _save_whole(model: PreTrainedModel, folder: Path) -> None:
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("trimtab.")}
-    model.save_pretrained(folder, state_dict=state)
+    hidden = Path(tempfile.mkdtemp(dir=folder, prefix=".model."))
+    try:
+        model.save_pretrained(hidden, state_dict=state)
+        sync(hidden)
+        for file in hidden.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -189,10 +202,10 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter folder.
+def read_tensors(folder: str | Path, method: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter folder whose configuration names this method.
 
-    Raises UserError where the file is missing, damaged or a pickle.
+    Raises UserError where the file is missing, damaged, a pickle, or says that it belongs to another method.
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
@@ -204,9 +217,13 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{folder} has no {WEIGHTS}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            whose = (file.metadata() or {}).get(_METHOD)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    if whose is not None and whose != json.dumps(method, sort_keys=True):
+        raise UserError(f"{path} holds the tensors of {whose}, {CONFIG} names another method; the save was cut short")
+    return tensors
 
 
 def load(
@@ -225,7 +242,7 @@ def load(
     method = method_from_dict(config["method"])
     if getattr(method, "whole_model", False):
         raise UserError(f"{folder} holds a whole model, not an adapter; load it with from_pretrained")
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, config["method"])
     if not force:
         _check_base(model, config["base"], folder)
     shapes = getattr(method, "for_loading", lambda: method)()  # without what only the start needs: text, labels

@@ -334,10 +334,17 @@ def _embeds(
         layers=layers,
         attentions=tuple(kvs),
         width=states_width if embedding is None else embedding.embedding_dim,
-        insert=str(stack.insert),
+        insert="tokens" if _rope_type(body) == "longrope" else str(stack.insert),
         positions=stack.positions,
         reader=root.get_submodule("decoder") if stack.name == "encoder" and _has(root, "decoder") else None,
     )
+
+
+def _rope_type(body: Module) -> str | None:
+    """The kind of rotary scaling: longrope's factors depend on the text's length, so shared keys would not fit it."""
+    config = getattr(body, "config", None)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return parameters.get("rope_type") or parameters.get("type")
 
 
 def _heads(model: PreTrainedModel, names: dict[int, str]) -> Iterator[HeadSite]:

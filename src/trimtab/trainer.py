@@ -68,6 +68,10 @@ class Trainer(transformers.Trainer):
         options.setdefault("data_collator", Collator(_pad_id(model, options) if pad_id is None else pad_id))
         with _config_kept(model):
             super().__init__(model=model, args=args, callbacks=list(callbacks), **options)
+        if self.args.n_gpu > 1:
+            raise UserError(
+                "one process on several devices (nn.DataParallel) copies hooks wrongly; start with torchrun"
+            )
         self.model_accepts_loss_kwargs = True  # whatever the model's forward says: the loss is computed here
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -83,6 +87,7 @@ class Trainer(transformers.Trainer):
         Raises UserError for a non-finite loss or gradient and for a checkpoint that does not fit, KeyboardInterrupt
         after a Ctrl-C has been answered with a checkpoint.
         """
+        self.adapter.activate()
         if self.args.should_save and self.args.output_dir:
             sweep(self.args.output_dir)
         if resume_from_checkpoint is True:
@@ -100,8 +105,7 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; notes the loss and the tokens, of all processes together."""
-        mask = inputs.get("attention_mask")
-        tokens = torch.tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        tokens = _tokens(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.world_size > 1:  # every process sees the same numbers, so that all stop where one must
             tokens = self.accelerator.reduce(tokens.to(loss.device))
@@ -113,10 +117,17 @@ class Trainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy over the labels, projected to the vocabulary there alone (everywhere with `return_outputs`)."""
+        """Cross-entropy over the labels, projected to the vocabulary there alone (everywhere with `return_outputs`).
+
+        What is neither a language model nor a classification of whole inputs (regression, token classification, a
+        loss function of the user's, label smoothing) is left to transformers.
+        """
+        base = self.accelerator.unwrap_model(model)
+        if not self._is_ours(base, inputs):
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return found if return_outputs or not model.training else found / self.current_gradient_accumulation_steps
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        base = self.accelerator.unwrap_model(model)
         if labels.dim() == 1:
             outputs = model(**inputs)
             loss = label_loss(outputs.logits, labels, num_items_in_batch)
@@ -135,12 +146,23 @@ class Trainer(transformers.Trainer):
             loss = loss * self.accelerator.num_processes  # which then average their gradients
         return (loss, outputs) if return_outputs else loss
 
+    def _is_ours(self, base: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+        """Whether the loss is the cross-entropy that this class computes."""
+        labels = inputs.get("labels")
+        if labels is None or self.compute_loss_func is not None or self.label_smoother is not None:
+            return False
+        if labels.dim() == 1:
+            return not labels.is_floating_point() and getattr(base.config, "num_labels", 2) > 1
+        return labels.dim() == 2 and base.get_output_embeddings() is not None and "input_ids" in inputs
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The next batches of an optimizer step and how many labels they have together, over all processes."""
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         base = self.accelerator.unwrap_model(self.model)
+        if not all(self._is_ours(base, batch) for batch in batches):
+            return batches, None
         count = torch.stack([_label_count(base, batch["labels"]) for batch in batches]).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
@@ -309,6 +331,14 @@ def _pad_id(model: PreTrainedModel, options: dict[str, Any]) -> int:
     tokenizer = options.get("processing_class")
     found = getattr(tokenizer, "pad_token_id", None)
     return next((pad for pad in (found, getattr(model.config, "pad_token_id", None)) if isinstance(pad, int)), 0)
+
+
+def _tokens(inputs: dict[str, Any]) -> Tensor:
+    """The batch's tokens without padding; its rows, where the model reads no tokens."""
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    if mask is not None:
+        return mask.sum()
+    return torch.tensor(next(iter(inputs.values())).shape[0] if ids is None else ids.numel())
 
 
 def _label_count(model: PreTrainedModel, labels: Tensor) -> Tensor:

@@ -138,6 +138,8 @@ class FrontTokens:
         if past is None or _seen(past) == 0:
             self.length = tokens.shape[0]
             self._insert(body, tokens, kwargs)
+        elif kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + tokens.shape[0]
         return (), kwargs
 
     def _insert(self, body: Module, tokens: torch.Tensor, kwargs: dict[str, Any]) -> None:

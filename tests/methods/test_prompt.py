@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import trimtab as tt
 from tiny import CAUSAL, ENCODERS, SEQ2SEQ, VISION, inputs, output, tiny
@@ -58,6 +60,27 @@ def test_causal_equals_concatenation(family: str, side: str) -> None:
     (given,) = torch.autograd.grad(found.pow(2).mean(), tokens)
     (wanted,) = torch.autograd.grad(expected.pow(2).mean(), tokens)
     assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_longrope_equals_concatenation(side: str) -> None:
+    """Its rotary factors depend on the text's length, so the tokens are inserted; generation with the cache agrees."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        **{**tiny("phi3").config.to_dict(), "original_max_position_embeddings": 10, "max_position_embeddings": 64},
+    )
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, **factors}
+    torch.manual_seed(0)
+    base = Phi3ForCausalLM(config).double().eval()
+    model = copy.deepcopy(base)
+    adapter = tt.attach(model, Prompt(length=P))
+    tokens = next(adapter.parameters())
+    batch, real = _rows("phi3", side)
+    embeds = torch.cat([tokens.expand(3, -1, -1), base.get_input_embeddings()(batch["input_ids"])], dim=1)
+    mask = F.pad(batch["attention_mask"], (P, 0), value=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = base(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, P:]
+    assert torch.allclose(model(**batch, use_cache=False).logits[real], expected[real], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -210,7 +233,7 @@ def test_output_hidden_states_of_the_shared_form_have_no_virtual_positions() -> 
 def test_a_static_cache_is_refused_where_tokens_are_inserted() -> None:
     model, _ = _attached("bloom")
     batch = {key: value for key, value in inputs("bloom").items()}
-    with pytest.raises(tt.UserError, match="static cache|4-D mask"):
+    with pytest.raises(tt.UserError, match=r"static cache|4-D mask"):
         model.generate(**batch, max_new_tokens=2, cache_implementation="static", disable_compile=True, pad_token_id=0)
 
 

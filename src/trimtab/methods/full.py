@@ -2,7 +2,8 @@
 
     θ ← θ − η ∇L,     every parameter of the base is trained
 
-The base model itself changes, so it is trained on a copy and saved as a model folder, not as an adapter.
+The model that it is attached to changes (attach it to a copy to keep the base), and it is saved as a model folder, not
+as an adapter.
 Trained parameters: all.
 """
 
@@ -17,7 +18,7 @@ from trimtab.sites import Sites
 
 @dataclass(frozen=True)
 class Full:
-    """Trains every parameter of (a copy of) the base model."""
+    """Trains every parameter of the model itself."""
 
     name: ClassVar[str] = "full"
     kinds: ClassVar[frozenset[str]] = frozenset()
