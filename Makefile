@@ -45,6 +45,7 @@ format: env
 
 docs: env
 	$(PIP) install --no-warn-conflicts -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

@@ -144,6 +144,9 @@ def test_long_csv_values_and_values_with_line_breaks(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"a": 1}\n\n{"a": \n', r"a\.jsonl, line 3: broken JSON"),
         ("a.jsonl", '{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2: not an object with columns but \[1, 2\]"),
+        ("a.jsonl", '{"a": 1}\n{"a": ' + "[" * 100_000, r"a\.jsonl, line 2: its values are nested too deeply"),
+        ("a.jsonl", '{"a": ' + "[" * 400 + "]" * 400 + "}", r"a\.jsonl: its values are nested too deeply"),
+        ("a.json", "[" * 100_000, r"a\.json: its values are nested too deeply"),
         ("a.json", '[\n{"a": 1},\n{"a" 2}\n]', r"a\.json, line 3: broken JSON"),
         ("a.json", '{"a": 1}\n{"a": \n', r"a\.json, line 2: broken JSON"),
         ("a.json", '[{"a": 1}, 7]', r"a\.json: item 2 is not an object"),

@@ -55,6 +55,16 @@ def test_kinds(tmp_path: Path, config: hf.PreTrainedConfig, architecture: str | 
     assert kind_of(saved(tmp_path, config, architecture), "classify") == kind
 
 
+def test_a_source_is_noted_so_that_it_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blob").touch()
+    (tmp_path / "model.gguf").symlink_to(tmp_path / "blob")
+    monkeypatch.chdir(tmp_path)
+    assert models.portable("model.gguf") == str(tmp_path / "model.gguf")  # the blob's name would not say what it is
+    assert [models.portable(source) for source in ("owner/name", "pkg:a/b")] == ["owner/name", "pkg:a/b"]
+    assert models.same_source("./model.gguf", str(tmp_path / "blob"))
+    assert models.same_source("owner/name", "owner/name") and not models.same_source("owner/name", "owner/other")
+
+
 def test_an_encoder_cannot_generate(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\(bert\) is an encoder and cannot generate"):
         kind_of(saved(tmp_path, hf.BertConfig(**SMALL), "BertForMaskedLM"), "generate")
@@ -121,6 +131,7 @@ def test_a_folder_without_a_model_or_with_several_files_is_refused(tmp_path: Pat
 
 def test_quiet_puts_the_old_noise_back() -> None:
     log = hf.utils.logging
+    log.enable_progress_bar()  # the command line may have turned them off
     log.set_verbosity_info()
     try:
         with pytest.raises(RuntimeError), quiet():

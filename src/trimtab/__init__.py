@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from trimtab.contract import Method
     from trimtab.errors import UserError
     from trimtab.methods import METHODS, Full, Head, LoRA, Prompt, Union
-    from trimtab.train import Trainer
+    from trimtab.settings import TrainSettings
+    from trimtab.train import fine_tune
+    from trimtab.trainer import Trainer
+    from trimtab.tuned import evaluate_run, load_run
 
 _HOME = {
     "Adapter": "adapter",
@@ -23,13 +26,11 @@ _HOME = {
     "load": "checkpoint",
     "Method": "contract",
     "UserError": "errors",
-    "METHODS": "methods",
-    "Full": "methods",
-    "Head": "methods",
-    "LoRA": "methods",
-    "Prompt": "methods",
-    "Union": "methods",
-    "Trainer": "train",
+    "TrainSettings": "settings",
+    "Trainer": "trainer",
+    "evaluate_run": "tuned",
+    "fine_tune": "train",
+    "load_run": "tuned",
 }
 
 __all__ = [
@@ -40,20 +41,24 @@ __all__ = [
     "LoRA",
     "Method",
     "Prompt",
+    "TrainSettings",
     "Trainer",
     "Union",
     "UserError",
     "adapters",
     "attach",
+    "evaluate_run",
+    "fine_tune",
     "load",
+    "load_run",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOME and not name[:1].isupper():
         raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
-    return getattr(import_module(f"trimtab.{_HOME[name]}"), name)
+    return getattr(import_module(f"trimtab.{_HOME.get(name, 'methods')}"), name)
 
 
 def __dir__() -> list[str]:

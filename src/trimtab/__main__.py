@@ -236,10 +236,9 @@ def eval_(
     Without --data on the rows that the run held out: the numbers of its metrics.json.
     """
     _hush_libraries()
-    from trimtab.run_folder import read_run_settings
-    from trimtab.train import evaluate_run
+    from trimtab.tuned import evaluate_run, is_own_data
 
-    if data is not None and not every_row and data == read_run_settings(folder).get("data"):
+    if data is not None and not every_row and is_own_data(folder, data):
         _say("these are the run's own data: evaluating on the rows that it held out (--every-row takes all)")
         data = None
     metrics = evaluate_run(folder, data, limit_rows=limit)
@@ -262,14 +261,9 @@ def generate(
     A classifier answers with the label.
     """
     _hush_libraries()
-    from trimtab.evaluate import predict
-    from trimtab.train import load_run
+    from trimtab.tuned import ask, load_run
 
-    run = load_run(folder)
-    example = run.task.encode(prompt, run.tokenizer, run.max_length, run.kind)
-    print(
-        predict(run.model, run.tokenizer, run.task, [example], run.kind, max_new_tokens=max_new_tokens, show=False)[0]
-    )
+    print(ask(load_run(folder), prompt, max_new_tokens))
 
 
 @command("merge")

@@ -98,7 +98,7 @@ class AttentionSetting:
 
 
 class RefuseOtherAttention:
-    """Keys and values are added by the registered function: a model switched to another one would lose them silently."""
+    """Keys and values are added by the registered function; a model switched to another one would lose them."""
 
     def __init__(self, setting: AttentionSetting):
         self.setting = setting

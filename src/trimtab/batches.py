@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-IGNORED = -100
+from trimtab.examples import IGNORED
+
 ROWS = 16
 """Rows of mean length that a batch holds where nothing else is said."""
 

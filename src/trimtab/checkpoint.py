@@ -117,7 +117,8 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
     """Write an adapter's folded tensors and configuration into `folder`; returns the folder.
 
     Each file is put in place in one step, and the tensors carry their method, so that tensors of one save beside the
-    configuration of another are refused when they are read. Files of an earlier save are replaced. Full fine-tuning is written as a transformers model folder with a `trimtab_config.json` in it.
+    configuration of another are refused when they are read. Files of an earlier save are replaced. Full fine-tuning is
+    written as a transformers model folder with a `trimtab_config.json` in it.
     """
     entry = adapter._entry
     folder.mkdir(parents=True, exist_ok=True)

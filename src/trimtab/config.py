@@ -122,8 +122,10 @@ def _required() -> list[str]:
     return [field.name for field in dataclasses.fields(TrainSettings) if field.default is dataclasses.MISSING]
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, *, typed: bool = False) -> dict[str, Any]:
     """The mapping of a YAML file. Scalars stay text (no, 1e-3 and 010 are not guessed at); null is None.
+
+    With `typed`, for files that trimtab wrote, scalars are what YAML takes them for.
 
     Raises UserError where the file is missing, broken, or holds no mapping.
     """
@@ -138,10 +140,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     }
     try:
         text = Path(path).read_text(encoding="utf-8")
-        value = yaml.load(text, Loader=Loader)
+        value = yaml.load(text, Loader=yaml.SafeLoader if typed else Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as a date of month 13
         raise UserError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if value is None:
         return {}
@@ -184,12 +186,24 @@ def _unknown(key: str, value: Any, origin: str) -> str:
 
 
 def _set_rivals_aside(given: Mapping[str, Any], values: dict[str, Any], mistakes: list[str]) -> None:
+    mistakes += both_given(given)
     for one, other in RIVALS:
-        here = [key for key in (one, other) if given.get(key) not in (None, False, "false")]
-        if len(here) == 2:
-            mistakes.append(f"{one} and {other} cannot both be given")
-        elif here:
+        here = [key for key in (one, other) if _is_given(given.get(key))]
+        if len(here) == 1:
             values.pop(other if here[0] == one else one, None)
+
+
+def both_given(given: Mapping[str, Any]) -> list[str]:
+    """A sentence for each pair of rivals that are both given."""
+    return [
+        f"{one} and {other} cannot both be given"
+        for one, other in RIVALS
+        if _is_given(given.get(one)) and _is_given(given.get(other))
+    ]
+
+
+def _is_given(value: Any) -> bool:
+    return value not in (None, False, "false")
 
 
 def _validate(values: dict[str, Any], origins: Mapping[str, str], mistakes: list[str]) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.adapter import adapters
 from trimtab.bars import progress
 from trimtab.batches import Collator, TokenBatches, length, pad
 from trimtab.head import IGNORED, decoder_inputs, label_loss, label_only, select_positions
+from trimtab.lengths import new_tokens
 
 BATCH_TOKENS = 2048
 """Tokens a batch holds by default; no gradients are kept, so it may be larger than in training."""
@@ -250,12 +252,13 @@ def _generate(run: _Run, examples: Sequence[Any], max_new_tokens: int) -> list[s
     prompts = [_prompt(example) for example in examples]
     model: Any = run.model
     ends = _end_tokens(model, run.tokenizer)
+    method = next((adapter.method for adapter in adapters(model).values()), None)
 
     def step(batch: list[int]) -> list[str]:
         inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side="left")
         found = model.generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=new_tokens(method, model.config, inputs["input_ids"].shape[1], max_new_tokens),
             do_sample=False,
             num_beams=1,
             pad_token_id=run.pad_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ from transformers import PreTrainedModel
 
 from trimtab.adapter import adapters
 from trimtab.checkpoint import atomic_folder, read_adapter_config
+from trimtab.data import resolve
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict
+from trimtab.run_folder import begun
 from trimtab.tuned import Tuned, load_run
 
 PROBE = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """How far logits may move, as a share of the largest; half precision may lose more."""
 HALF_TOLERANCE = 5e-2
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"),
+)
+"""What a merged model consists of; `overwrite` replaces a folder of these and no other."""
 
 
 def merge_run(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> float:
@@ -50,17 +58,50 @@ def probe_logits(run: Tuned) -> torch.Tensor:
 
 def _check(folder: Path, output: Path, overwrite: bool) -> None:
     """Everything that can be refused before the model is loaded."""
-    method = method_from_dict(read_adapter_config(folder)["method"])
+    config = read_adapter_config(folder)
+    method = method_from_dict(config["method"])
     if getattr(method, "whole_model", False):
         raise UserError(f"{folder} is a whole model already; there is nothing to merge")
     if not method.mergeable:
         raise UserError(f"{method.name} cannot be merged: it is no change of the base's weights")
     if output.is_file():
         raise UserError(f"{output} is a file; --output must be a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    run = begun(folder)
+    bases = [run.model if run else "", str(config["base"].get("path") or "")]
+    _check_apart(output, folder, "the run's own folder")
+    for base in filter(None, bases):
+        _check_apart(output, Path(resolve(base)).expanduser(), "the base model's folder")
+    if output.is_dir() and any(output.iterdir()):
+        _check_replaceable(output, overwrite)
+
+
+def _check_apart(output: Path, other: Path, what: str) -> None:
+    """Raises UserError where writing one would replace or change the other."""
+    if not other.exists():
+        return
+    one, two = output.resolve(), other.resolve()
+    for relation, holds in (
+        ("is", one == two),
+        ("contains", two.is_relative_to(one)),
+        ("is inside", one.is_relative_to(two)),
+    ):
+        if holds:
+            raise UserError(f"{output} {relation} {what}; choose another")
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raises UserError unless the folder may be replaced: asked for, and a model folder that holds nothing else."""
+    if not overwrite:
         raise UserError(f"{output} holds something already; choose another folder or give --overwrite")
-    if output.resolve() == folder.resolve():
-        raise UserError(f"{output} is the run's own folder; choose another")
+    other = sorted(path.name for path in output.iterdir() if not _is_model_file(path))
+    if other:
+        raise UserError(f"{output} holds {other[0]}, which is no file of a model; choose another folder")
+    if not (output / "config.json").is_file():
+        raise UserError(f"{output} is no model folder (it has no config.json); choose another folder")
+
+
+def _is_model_file(path: Path) -> bool:
+    return path.is_file() and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

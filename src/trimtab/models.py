@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
@@ -111,8 +112,13 @@ def _class_names(mapping: Any) -> set[str]:
 
 def portable(source: str) -> str:
     """The source as it may be noted down: a local path made absolute, anything else as the user gave it."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
+    path = os.path.expanduser(source)
+    return os.path.abspath(path) if os.path.exists(path) else source  # links stay: in caches they carry the file's name
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources (of models or data) are the same file, folder or id, however they are spelled."""
+    return os.path.realpath(portable(resolve(one))) == os.path.realpath(portable(resolve(other)))
 
 
 @contextmanager
@@ -188,7 +194,7 @@ def _load(loader: Any, source: str, **options: Any) -> Any:
     place = locate(source)
     try:
         return loader.from_pretrained(place.path, local_files_only=place.local, **options)
-    except (OSError, ValueError) as error:  # what transformers raises for missing files and unknown model types
+    except (OSError, ValueError, SafetensorError) as error:  # missing files, unknown model types, damaged weights
         raise _not_found(source, error) from error
 
 

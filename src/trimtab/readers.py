@@ -25,6 +25,8 @@ def read_rows(path: Path) -> Dataset:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: its values are nested too deeply") from error
     if not len(rows):
         raise UserError(f"{path} holds no rows")
     return rows
@@ -63,6 +65,8 @@ def _parse_lines(path: Path, text: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise _broken(path, number, error) from error
+        except RecursionError as error:
+            raise UserError(f"{path}, line {number}: its values are nested too deeply") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not an object with columns but {_shown(row)}")
         rows.append(row)

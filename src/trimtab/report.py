@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from trimtab.config import read_yaml
 from trimtab.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ METRICS = "metrics.json"
 RUN = "run.yaml"
 LOG = "log.jsonl"
 ADAPTER = "adapter_config.json"
+WHOLE = "trimtab_config.json"
+"""What a fully tuned model has instead."""
 
 _COLOURS = {
     "loss": "#0072B2",
@@ -77,39 +80,37 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}")
-    if not (folder / ADAPTER).is_file() and not (folder / METRICS).is_file():
+    if not _is_run(folder):
         raise UserError(f"{str(folder)!r} is no output of trimtab: it has neither {ADAPTER} nor {METRICS}")
     return {
         "folder": folder.resolve().name,
-        "metrics": _read_json(folder / METRICS),
-        "run": _read_yaml(folder / RUN),
+        "metrics": read_object(folder / METRICS),
+        "run": read_yaml(folder / RUN, typed=True) if (folder / RUN).is_file() else {},
         "log": _read_lines(folder / LOG),
-        "adapter": _read_json(folder / ADAPTER),
+        "adapter": _read_adapter(folder),
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_adapter(folder: Path) -> dict[str, Any]:
+    path = folder / (WHOLE if (folder / WHOLE).is_file() else ADAPTER)
+    adapter = read_object(path)
+    for key in ("method", "base", "task"):
+        if not isinstance(adapter.get(key), dict | None):
+            raise UserError(f"{str(path)!r} is broken: {key} must be a JSON object")
+    return {**adapter, "base": adapter.get("base") or {}}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is no such file. Raises UserError where it is broken."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{str(path)!r} must hold a JSON object")
     return value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    import yaml
-
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    return value if isinstance(value, dict) else {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -170,7 +171,7 @@ def run_folders(folder: str | Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / ADAPTER).is_file() or (folder / METRICS).is_file()
+    return any((folder / name).is_file() for name in (ADAPTER, WHOLE, METRICS))
 
 
 def result_table(facts: dict[str, Any], title: str = "") -> Table:
@@ -346,7 +347,8 @@ def _describe(method: Any) -> dict[str, Any]:
 
 def _is_hub_id(base: str) -> bool:
     parts = base.split("/")
-    return len(parts) <= 2 and all(part and part[0].isalnum() for part in parts) and ":" not in base and base != "–"
+    named = len(parts) <= 2 and all(part and part[0].isalnum() for part in parts)
+    return named and ":" not in base and base != "–" and not Path(base).exists()
 
 
 def _cell(value: Any) -> str:
@@ -357,13 +359,15 @@ def _cell(value: Any) -> str:
 
 _CARD = """\
 ---
-library_name: trimtab
+library_name: {{ "transformers" if whole_model else "trimtab" }}
 {% if hub_id %}
 base_model: {{ hub_id | json }}
 {% endif %}
 tags:
 - trimtab
+{% if not whole_model %}
 - parameter-efficient-fine-tuning
+{% endif %}
 {% for paper in papers %}
 - {{ paper.name }}
 {% endfor %}
@@ -372,7 +376,7 @@ tags:
 # {{ title }}
 
 {% if whole_model %}
-A fully fine-tuned copy of `{{ base }}`.
+A fully tuned model: every parameter of `{{ base }}` was trained, {{ size_line }}.
 {% else %}
 A small set of trained tensors for the frozen base model `{{ base }}`: {{ size_line }}.
 {% endif %}
@@ -482,8 +486,9 @@ adapter = tt.load(model, {{ title | json }})   # model: {{ base_class }}
 
 ## Licence
 
-This folder holds what was trained, not the base model. The base model and the training data have their own licences
-and terms; both may also apply to what was derived from them, so check them before sharing or selling.
+This folder holds {{ "a model derived from" if whole_model else "what was trained, not" }} the base model.
+The base model and the training data have their own licences and terms; both may also apply to what was derived from
+them, so check them before sharing or selling.
 """
 
 

@@ -32,7 +32,11 @@ class Data:
 
 
 def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
-    """Rows, task and examples of both sides. Raises UserError for everything that is wrong with them."""
+    """Rows, task and examples of both sides, of settings that say how long a row may be.
+
+    Raises UserError for everything that is wrong with them.
+    """
+    assert settings.max_length is not None
     rows = load_rows(settings.data)
     kind = kind_of(settings.model, settings.task)
     tokenizer = load_tokenizer(settings.model)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+PLACES = ("model", "data", "eval_data", "output")
+"""Settings that may be paths; a ~ at their beginning is the home folder."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class TrainSettings:
     """Rows in a batch; instead of batch_tokens."""
     batch_tokens: int | None = None
     """Tokens in a batch of rows of similar length, padding included; by default 16 rows of mean length."""
-    max_length: int = 512
-    """Tokens a row may have; longer texts are cut, never labels."""
+    max_length: int | None = None
+    """Tokens a row may have (longer texts are cut, never labels); by default 512, or fewer if the model has fewer."""
     limit: int | None = None
     """Train on a random sample of at most this many rows."""
     eval_data: str | None = None
@@ -71,3 +75,9 @@ class TrainSettings:
     """Optimizer steps between checkpoints; by default a tenth of the run (of a whole model: an epoch)."""
     report_to: str = "none"
     """Where else to log, as transformers names it: tensorboard, wandb, …"""
+
+    def __post_init__(self) -> None:
+        for name in PLACES:
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, os.path.expanduser(value))

@@ -81,8 +81,9 @@ def remove(checkpoint: Path) -> None:
 
 
 def rotate(run: str | Path, keep: int | None, protected: Path | None = None) -> None:
-    """Delete the oldest checkpoints beyond `keep` (None or 0: none), never the newest nor the protected one."""
-    found = checkpoints(run)
+    """Delete the oldest checkpoints beyond `keep` (None or 0: none), never the newest, the protected one, or another
+    trainer's."""
+    found = [path for path in checkpoints(run) if (path / ABOUT).is_file()]
     spare = [path for path in found[:-1] if protected is None or path != protected]
     for path in spare[: max(0, len(found) - keep)] if keep else []:
         remove(path)

@@ -208,7 +208,9 @@ TASKS: dict[str, type[Classify] | type[Generate]] = {"classify": Classify, "gene
 
 
 def task_from_config(config: Mapping[str, Any]) -> Task:
-    """The inverse of `to_config`. Raises UserError for an unknown task or field."""
+    """The inverse of `to_config`. Raises UserError for an unknown task or field, and for values that fit none."""
+    if not isinstance(config, Mapping):
+        raise UserError(f"a task is a mapping with a name, not {config!r}")
     if config.get("name") not in TASKS:
         raise unknown("task", config.get("name"), TASKS)
     made = TASKS[config["name"]]
@@ -217,9 +219,12 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
     for key in fields:
         if key not in known:
             raise unknown(f"field of the task {config['name']!r}", key, known)
-    if "labels" in fields:
-        fields["labels"] = tuple(fields["labels"])
-    return made(**fields)
+    try:
+        if "labels" in fields:
+            fields["labels"] = tuple(fields["labels"])
+        return made(**fields)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"the fields of the task {config['name']!r} are broken: {error}") from error
 
 
 # From rows to a task

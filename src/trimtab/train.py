@@ -15,12 +15,16 @@ from typing import Any
 
 import transformers
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trimtab.adapter import Adapter, attach
 from trimtab.batches import default_budget, length
+from trimtab.errors import UserError, unknown
+from trimtab.lengths import fitting_length
 from trimtab.memory import peak_mb, reset_peak
 from trimtab.methods.spec import parse_method
-from trimtab.models import load_model
+from trimtab.models import load_config, load_model
 from trimtab.run_data import Data, load_data
 from trimtab.run_folder import LOG, begin, check_output, check_resume, finish
 from trimtab.settings import TrainSettings
@@ -37,8 +41,10 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
     settings or the data, before anything is written, and for a loss that becomes non-finite; KeyboardInterrupt after
     a Ctrl-C during training has been answered with a checkpoint.
     """
-    folder = Path(settings.output).expanduser()
+    folder = Path(settings.output)
     check_output(folder, settings)
+    check_report_to(settings.report_to)
+    settings = with_length(settings)
     data = load_data(settings, show)
     settings = resolved(settings, data)
     check_resume(folder, settings)
@@ -64,6 +70,22 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
             data.tokenizer.save_pretrained(folder)
         finish(folder, metrics)
     return metrics
+
+
+def check_report_to(name: str) -> None:
+    """Raises UserError for a place to log to that transformers does not know or that is not installed."""
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise unknown("report_to", name, ("none", "all", *INTEGRATION_TO_CALLBACK))
+    if name not in get_available_reporting_integrations():
+        raise UserError(f"report_to={name}: the package for {name} is not installed")
+
+
+def with_length(settings: TrainSettings) -> TrainSettings:
+    """The settings with the longest row that the model has positions for, the method's virtual tokens beside it."""
+    longest = fitting_length(parse_method(settings.method), load_config(settings.model), settings.max_length)
+    return dataclasses.replace(settings, max_length=longest)
 
 
 def resolved(settings: TrainSettings, data: Data) -> TrainSettings:

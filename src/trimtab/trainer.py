@@ -124,7 +124,7 @@ class Trainer(transformers.Trainer):
         """
         base = self.accelerator.unwrap_model(model)
         if not self._is_ours(base, inputs):
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return found if return_outputs or not model.training else found / self.current_gradient_accumulation_steps
         inputs = dict(inputs)
         labels = inputs.pop("labels")

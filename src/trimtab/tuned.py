@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.adapter import adapters
 from trimtab.checkpoint import load, read_adapter_config
-from trimtab.data import limit, load_rows
+from trimtab.data import limit, load_rows, resolve
 from trimtab.errors import UserError
-from trimtab.evaluate import evaluate
+from trimtab.evaluate import evaluate, predict
+from trimtab.lengths import fitting_length, prompt_length
 from trimtab.methods.spec import method_from_dict
-from trimtab.models import Kind, kind_of, load_model, load_tokenizer
+from trimtab.models import Kind, kind_of, load_config, load_model, load_tokenizer, same_source
 from trimtab.run_data import encode, split_rows
-from trimtab.run_folder import RUN, read_run_settings
+from trimtab.run_folder import RUN, begun
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, task_from_config
 
@@ -41,17 +44,47 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
     if not config.get("task"):
         raise UserError(f"{folder} does not say which task it is for; it was not written by `trimtab train`")
     task = task_from_config(config["task"])
-    run = read_run_settings(folder)
-    base = str(run.get("model") or config["base"]["path"])
-    whole = bool(getattr(method_from_dict(config["method"]), "whole_model", False))
-    kind = kind_of(base, task.name)
+    method, run = method_from_dict(config["method"]), begun(folder)
+    whole = bool(getattr(method, "whole_model", False))
+    source = str(folder) if whole else _base(folder, config, run)
+    kind = kind_of(source, task.name)
     labels = getattr(task, "labels", ())  # of a task that has some
-    options = {key: run.get(key, getattr(TrainSettings, key)) for key in ("dtype", "seed")}
-    model = load_model(str(folder) if whole else base, kind, labels=labels, device=device, **options)
+    dtype, seed = (getattr(run or TrainSettings, key) for key in ("dtype", "seed"))
+    model = load_model(source, kind, labels=labels, device=device, dtype=dtype, seed=seed)
     if not whole:
         load(model, folder)
-    tokenizer = load_tokenizer(base)
-    return Tuned(model, tokenizer, task, kind, int(run.get("max_length", TrainSettings.max_length)))
+    longest = fitting_length(method, load_config(source), run.max_length if run else None)
+    return Tuned(model, load_tokenizer(source), task, kind, longest)
+
+
+def ask(run: Tuned, prompt: str, max_new_tokens: int) -> str:
+    """What a run answers to a text: the label, or at most so many tokens; the text is cut to leave room for them."""
+    longest = run.max_length
+    if run.task.name == "generate":
+        method = next((adapter.method for adapter in adapters(run.model).values()), None)
+        longest = prompt_length(method, run.model.config, longest, max_new_tokens)
+    example = run.task.encode(prompt, run.tokenizer, longest, run.kind)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "show": False}
+    return predict(run.model, run.tokenizer, run.task, [example], run.kind, **options)[0]
+
+
+def _base(folder: Path, config: Mapping[str, Any], run: TrainSettings | None) -> str:
+    base = run.model if run else config["base"].get("path")
+    if not base or not isinstance(base, str):
+        raise UserError(f"{folder} does not say which base model it was trained on")
+    return base
+
+
+def is_own_data(folder: str | Path, data: str) -> bool:
+    """Whether a run held its evaluation rows out of this very data, however it is spelled."""
+    run = begun(Path(folder).expanduser())
+    if run is None or run.eval_data is not None:
+        return False
+    try:
+        resolve(run.data)
+    except UserError:  # a package that is no longer installed: nothing that can be read is the same
+        return False
+    return same_source(data, run.data)
 
 
 def evaluate_run(
@@ -70,10 +103,9 @@ def evaluate_run(
 
 
 def _held_out_rows(folder: Path, task: Task) -> Any:
-    values = read_run_settings(folder)
-    if "data" not in values:
+    settings = begun(folder)
+    if settings is None:
         raise UserError(f"{folder} has no {RUN} that names its data; say which data to evaluate on")
-    settings = TrainSettings(**{**values, "output": str(folder)})
     if settings.eval_data is not None:
         return limit(load_rows(settings.eval_data), settings.eval_limit, settings.seed)
     return split_rows(settings, task, load_rows(settings.data))[1]

@@ -1,4 +1,4 @@
-"""The methods, one file each. A new method is one file and one line here."""
+"""The methods, one file each. A new method is one file and one import here."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from trimtab.methods.lora import LoRA
 from trimtab.methods.prompt import Prompt
 from trimtab.methods.union import Union
 
+_CLASSES = [thing for thing in list(globals().values()) if isinstance(getattr(thing, "name", None), str)]
 METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        Prompt,
-        LoRA,
-        Head,
-        Full,
-    )
+    method.name: method for method in sorted(_CLASSES, key=lambda method: method.paper == "baseline")
 }
-
-__all__ = ["METHODS", "Full", "Head", "LoRA", "Method", "Prompt", "Union"]
+"""The imported classes with a method's name, by that name; baselines last."""
