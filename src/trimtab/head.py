@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-IGNORED = -100
+from trimtab.examples import IGNORED
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trimtab.contract import Method
 from trimtab.methods.full import Full
 from trimtab.methods.head import Head
@@ -9,8 +11,9 @@ from trimtab.methods.lora import LoRA
 from trimtab.methods.prompt import Prompt
 from trimtab.methods.union import Union
 
-_CLASSES = [thing for thing in list(globals().values()) if isinstance(getattr(thing, "name", None), str)]
+_CLASSES: list[Any] = [thing for thing in list(globals().values()) if isinstance(thing, type)]
+_METHODS = [thing for thing in _CLASSES if isinstance(getattr(thing, "name", None), str)]
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in sorted(_CLASSES, key=lambda method: method.paper == "baseline")
+    method.name: method for method in sorted(_METHODS, key=lambda method: method.paper == "baseline")
 }
 """The imported classes with a method's name, by that name; baselines last."""
