@@ -215,6 +215,7 @@ def test_8_generation(method: str, family: str) -> None:
     if family in CAUSAL:
         assert torch.equal(cached[:, :7], batch["input_ids"])
         batch, real = _rows(family, (7, 4, 2), "right")
+        model.float()  # eager attention in float64 gives NaN at padding that sees nothing, in the base as well
         out = model(**batch, labels=batch["input_ids"].masked_fill(~real, -100))
         assert out.logits.shape[:2] == (3, 7) and torch.isfinite(out.loss)
 
