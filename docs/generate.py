@@ -23,6 +23,13 @@ from trimtab.methods import METHODS
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CHINESE = {
+    "houlsby": "每层两个瓶颈适配器，连同层归一化一起训练",
+    "pfeiffer": "每层一个瓶颈适配器，位于前馈之后",
+    "parallel": "每层一个带缩放的瓶颈适配器，与前馈并行",
+    "adamix": "训练时随机路由的多个专家，之后平均为一个适配器",
+    "ia3": "缩放键、值和前馈的内部激活，可合并进权重",
+    "bitfit": "只训练偏置，可合并进权重",
+    "layernorm": "只训练归一化的权重，可合并进权重",
     "prompt": "在输入前训练虚拟词元",
     "lora": "所选投影的低秩更新，可合并进权重",
     "head": "冻结主体，只训练任务头（基线）",

@@ -13,7 +13,21 @@ if TYPE_CHECKING:
     from trimtab.checkpoint import load
     from trimtab.contract import Method
     from trimtab.errors import UserError
-    from trimtab.methods import METHODS, Full, Head, LoRA, Prompt, Union
+    from trimtab.methods import (
+        IA3,
+        METHODS,
+        AdaMix,
+        BitFit,
+        Full,
+        Head,
+        Houlsby,
+        LayerNorm,
+        LoRA,
+        Parallel,
+        Pfeiffer,
+        Prompt,
+        Union,
+    )
     from trimtab.settings import TrainSettings
     from trimtab.train import fine_tune
     from trimtab.trainer import Trainer
@@ -34,12 +48,19 @@ _HOME = {
 }
 
 __all__ = [
+    "IA3",
     "METHODS",
+    "AdaMix",
     "Adapter",
+    "BitFit",
     "Full",
     "Head",
+    "Houlsby",
+    "LayerNorm",
     "LoRA",
     "Method",
+    "Parallel",
+    "Pfeiffer",
     "Prompt",
     "TrainSettings",
     "Trainer",

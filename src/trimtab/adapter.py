@@ -20,16 +20,27 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trimtab.arch import FAMILIES, supports
 from trimtab.attention import AttentionSetting, RefuseOtherAttention, install_kv
 from trimtab.contract import Context, Method
+from trimtab.copies import ModuleCopy
 from trimtab.errors import UserError
-from trimtab.hooks import DetachInput, DetachOutput, RefuseReentrant, Switch, install_head, install_linear
+from trimtab.hooks import (
+    DetachInput,
+    DetachOutput,
+    RefuseReentrant,
+    Switch,
+    install_activation,
+    install_head,
+    install_linear,
+    install_norm,
+)
 from trimtab.methods import METHODS
 from trimtab.methods.spec import parse_method
-from trimtab.sites import EmbedsSite, HeadSite, KVSite, LinearSite, Site, Sites
-from trimtab.task_head import HeadCopy
+from trimtab.sites import ActivationSite, EmbedsSite, HeadSite, KVSite, LinearSite, NormSite, Site, Sites
 from trimtab.virtual import PositionsFromMask, install_embeds, takes_positions
 
 INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
     LinearSite: install_linear,
+    ActivationSite: install_activation,
+    NormSite: install_norm,
     KVSite: install_kv,
     EmbedsSite: install_embeds,
     HeadSite: install_head,
@@ -72,6 +83,12 @@ class Adapter:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained tensors by name; of full fine-tuning the base model's."""
         return self._trained().named_parameters()
+
+    def lr_scales(self) -> dict[nn.Parameter, float]:
+        """The trained tensors that learn at a multiple of the learning rate, with the factor."""
+        parts: list[Any] = [part for part in self._entry.parts.values() if hasattr(part, "lr_scales")]
+        scales = [(part.get_parameter(name), factor) for part in parts for name, factor in part.lr_scales().items()]
+        return {weight: factor for weight, factor in scales if factor != 1.0}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors (not folded), detached, by name."""
@@ -120,11 +137,11 @@ class Adapter:
             raise UserError(f"{entry.method.name} cannot be merged: it is no change of the base's weights")
         self.fold()
         updates = [_merged(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, LinearSite)]
-        heads = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, HeadSite)]
+        copies = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, HeadSite | NormSite)]
         self.detach()
         for write in updates:
             write()
-        for site, part in heads:
+        for site, part in copies:
             part.write_into(site.module)  # type: ignore[operator]
         return self.model
 
@@ -168,7 +185,7 @@ class Entry(nn.Module):
 
     def install(self) -> None:
         """Put the hooks in place."""
-        for site in self.sites:
+        for site in sorted(self.sites, key=_order):
             self.handles += INSTALLERS[type(site)](site, self.parts[site.key], self.switch)
         for layer, at_output in self.cuts:
             if at_output:
@@ -273,7 +290,7 @@ def attach(
             return _attach_whole(model, attachments, chosen, name)
         parts = dict(chosen.build(attachments.sites, Context(tokenizer, labels)))
         if not getattr(chosen, "own_head", False):
-            parts |= {site: HeadCopy.of(site) for site in attachments.sites.task_head if site not in parts}
+            parts |= {site: ModuleCopy.of(site) for site in attachments.sites.task_head if site not in parts}
         attachments.add(Entry(name, chosen, parts, attachments).train(model.training))
     except BaseException:
         if first:
@@ -356,6 +373,11 @@ def _placed(site: Site, part: nn.Module) -> nn.Module:
     reference = next(module.parameters())
     precision = torch.promote_types(reference.dtype, torch.float32) if reference.is_floating_point() else torch.float32
     return part.to(device=reference.device, dtype=precision)
+
+
+def _order(site: Site) -> int:
+    """A change of a projection comes before what acts on the branch's output, which may be that projection's."""
+    return 1 if isinstance(site, ActivationSite) else 0
 
 
 def _cuts(claimed: Sequence[Site], sites: Sites) -> Iterator[tuple[nn.Module, bool]]:

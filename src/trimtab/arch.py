@@ -7,7 +7,7 @@ attached, so a renamed module is one clear error and not a silent no-op.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trimtab.errors import UserError, unknown
 
@@ -29,6 +29,20 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Sublayer:
+    """One of the residual branches of a layer: attention, cross-attention, feed-forward."""
+
+    output: str
+    """Module whose output is added to the residual stream."""
+    input: str
+    """Module whose input is what the branch reads (after the norm in front of it, if there is one)."""
+    before: str | None = None
+    """The norm in front of the branch; its input is the residual stream. None in post-norm layers."""
+    after: str | None = None
+    """The norm behind the residual add, in post-norm layers."""
+
+
+@dataclass(frozen=True)
 class Stack:
     """One run of equal layers: a decoder, an encoder, a vision tower."""
 
@@ -38,6 +52,10 @@ class Stack:
     """Path of the self-attention module (the one that calls the attention interface) inside a layer."""
     linears: Mapping[str, str | Fused]
     """Role (q, k, v, o, up, gate, down) -> module path inside a layer; `a|b` names alternatives."""
+    sublayers: Mapping[str, Sublayer]
+    """Branch (attention, cross, feedforward) -> where it starts and ends inside a layer; `a|b` names alternatives."""
+    final_norm: str | None = None
+    """Path of the norm behind the last layer, from the family's root; norms outside layers stand in front otherwise."""
     name: str = ""
     """Empty for the only stack of a model, else "encoder" or "decoder"."""
     body: str = ""
@@ -66,6 +84,8 @@ class Family:
     stacks: tuple[Stack, ...]
     roots: tuple[str, ...] = ("",)
     """Paths, from `model.base_model`, at which the stacks' names start; the first that exists counts."""
+    pooler: str | None = None
+    """Path, from the root, of a projection between the last layer and the heads; frozen by all methods but BitFit."""
     head: bool = True
     """Whether any of its classes has a head; a bare vision tower has none."""
     interface: bool = True
@@ -96,7 +116,25 @@ _LLAMA_LINEARS = _attention("self_attn", "q_proj k_proj v_proj o_proj") | {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_LLAMA = Stack(layers="layers", attention="self_attn", linears=_LLAMA_LINEARS, embeds="embed_tokens", insert="shared")
+_LLAMA = Stack(
+    layers="layers",
+    attention="self_attn",
+    linears=_LLAMA_LINEARS,
+    sublayers={
+        "attention": Sublayer("self_attn.o_proj", "self_attn.q_proj", before="input_layernorm"),
+        "feedforward": Sublayer("mlp.down_proj", "mlp.up_proj", before="post_attention_layernorm"),
+    },
+    final_norm="norm",
+    embeds="embed_tokens",
+    insert="shared",
+)
+_GEMMA = replace(
+    _LLAMA,
+    sublayers={  # a norm of its own stands between the branch's last projection and the residual add
+        "attention": Sublayer("post_attention_layernorm", "self_attn.q_proj", before="input_layernorm"),
+        "feedforward": Sublayer("post_feedforward_layernorm", "mlp.up_proj", before="pre_feedforward_layernorm"),
+    },
+)
 _PHI3 = Stack(
     layers="layers",
     attention="self_attn",
@@ -106,6 +144,11 @@ _PHI3 = Stack(
         **_fused("mlp.gate_up_proj", "gate", "up"),
         "down": "mlp.down_proj",
     },
+    sublayers={
+        "attention": Sublayer("self_attn.o_proj", "self_attn.qkv_proj", before="input_layernorm"),
+        "feedforward": Sublayer("mlp.down_proj", "mlp.gate_up_proj", before="post_attention_layernorm"),
+    },
+    final_norm="norm",
     embeds="embed_tokens",
     insert="shared",
 )
@@ -118,6 +161,11 @@ _GPT2 = Stack(
         "up": "mlp.c_fc",
         "down": "mlp.c_proj",
     },
+    sublayers={
+        "attention": Sublayer("attn.c_proj", "attn.c_attn", before="ln_1"),
+        "feedforward": Sublayer("mlp.c_proj", "mlp.c_fc", before="ln_2"),
+    },
+    final_norm="ln_f",
     embeds="wte",
     insert="shared",
     positions="learned",
@@ -131,6 +179,11 @@ _NEOX = Stack(
         "up": "mlp.dense_h_to_4h",
         "down": "mlp.dense_4h_to_h",
     },
+    sublayers={
+        "attention": Sublayer("attention.dense", "attention.query_key_value", before="input_layernorm"),
+        "feedforward": Sublayer("mlp.dense_4h_to_h", "mlp.dense_h_to_4h", before="post_attention_layernorm"),
+    },
+    final_norm="final_layer_norm",
     embeds="embed_in",
     insert="shared",
     head_dim="head_size",
@@ -139,6 +192,11 @@ _OPT = Stack(
     layers="layers",
     attention="self_attn",
     linears=_attention("self_attn", "q_proj k_proj v_proj out_proj") | {"up": "fc1", "down": "fc2"},
+    sublayers={
+        "attention": Sublayer("self_attn.out_proj", "self_attn.q_proj", before="self_attn_layer_norm"),
+        "feedforward": Sublayer("fc2", "fc1", before="final_layer_norm"),
+    },
+    final_norm="final_layer_norm",
     embeds="embed_tokens",
     insert="shared",
     positions="learned",
@@ -152,6 +210,11 @@ _BLOOM = Stack(
         "up": "mlp.dense_h_to_4h",
         "down": "mlp.dense_4h_to_h",
     },
+    sublayers={
+        "attention": Sublayer("self_attention.dense", "self_attention.query_key_value", before="input_layernorm"),
+        "feedforward": Sublayer("mlp.dense_4h_to_h", "mlp.dense_h_to_4h", before="post_attention_layernorm"),
+    },
+    final_norm="ln_f",
     embeds="word_embeddings",
     insert="tokens",
     positions="implicit",
@@ -170,6 +233,10 @@ def _bert(positions: str = "implicit") -> Stack:
             "up": "intermediate.dense",
             "down": "output.dense",
         },
+        sublayers={
+            "attention": Sublayer("attention.output.dense", "attention.self.query", after="attention.output.LayerNorm"),
+            "feedforward": Sublayer("output.dense", "intermediate.dense", after="output.LayerNorm"),
+        },
         embeds="embeddings.word_embeddings",
         insert="tokens",
         positions=positions,
@@ -181,6 +248,10 @@ _DISTILBERT = Stack(
     layers="transformer.layer",
     attention="attention",
     linears=_attention("attention", "q_lin k_lin v_lin out_lin") | {"up": "ffn.lin1", "down": "ffn.lin2"},
+    sublayers={
+        "attention": Sublayer("attention.out_lin", "attention.q_lin", after="sa_layer_norm"),
+        "feedforward": Sublayer("ffn.lin2", "ffn.lin1", after="output_layer_norm"),
+    },
     embeds="embeddings.word_embeddings",
     insert="tokens",
     positions="implicit",
@@ -195,6 +266,11 @@ _MODERNBERT = Stack(
         **_fused("mlp.Wi", "up", "gate"),
         "down": "mlp.Wo",
     },
+    sublayers={
+        "attention": Sublayer("attn.Wo", "attn.Wqkv", before="attn_norm"),
+        "feedforward": Sublayer("mlp.Wo", "mlp.Wi", before="mlp_norm"),
+    },
+    final_norm="final_norm",
     embeds="embeddings.tok_embeddings",
     insert="tokens",
     positions="implicit",
@@ -212,6 +288,16 @@ def _t5(name: str, feed_forward: int, cross: str | None, insert: str | None) -> 
             "up": f"layer.{feed_forward}.DenseReluDense.wi_1|layer.{feed_forward}.DenseReluDense.wi",
             "down": f"layer.{feed_forward}.DenseReluDense.wo",
         },
+        sublayers={
+            "attention": Sublayer("layer.0.SelfAttention.o", "layer.0.SelfAttention.q", before="layer.0.layer_norm"),
+            **({"cross": Sublayer(f"{cross}.o", f"{cross}.q", before="layer.1.layer_norm")} if cross else {}),
+            "feedforward": Sublayer(
+                f"layer.{feed_forward}.DenseReluDense.wo",
+                f"layer.{feed_forward}.DenseReluDense.wi_0|layer.{feed_forward}.DenseReluDense.wi",
+                before=f"layer.{feed_forward}.layer_norm",
+            ),
+        },
+        final_norm=f"{name}.final_layer_norm",
         body=name,
         embeds="embed_tokens",
         insert=insert,
@@ -222,13 +308,22 @@ def _t5(name: str, feed_forward: int, cross: str | None, insert: str | None) -> 
     )
 
 
-def _bart(name: str, insert: str | None) -> Stack:
+def _bart(name: str, insert: str | None, pre_norm: bool = False) -> Stack:
+    """BART's layers; Whisper's have the same names with the norms in front of the branches."""
     cross = "encoder_attn" if name == "decoder" else None
+    side = "before" if pre_norm else "after"
+    branches = {
+        "attention": ("self_attn.out_proj", "self_attn.q_proj", "self_attn_layer_norm"),
+        **({"cross": ("encoder_attn.out_proj", "encoder_attn.q_proj", "encoder_attn_layer_norm")} if cross else {}),
+        "feedforward": ("fc2", "fc1", "final_layer_norm"),
+    }
     return Stack(
         name=name,
         layers=f"{name}.layers",
         attention="self_attn",
         linears=_attention("self_attn", "q_proj k_proj v_proj out_proj") | {"up": "fc1", "down": "fc2"},
+        sublayers={key: Sublayer(output, read, **{side: norm}) for key, (output, read, norm) in branches.items()},
+        final_norm=f"{name}.layer_norm" if pre_norm else None,
         body=name,
         embeds=None if insert == "states" else "embed_tokens",
         insert=insert,
@@ -238,35 +333,47 @@ def _bart(name: str, insert: str | None) -> Stack:
     )
 
 
-def _vision(layers: str, attention: str, out: str) -> Stack:
+def _vision(layers: str, attention: str, out: str, norms: str, final_norm: str, scales: str = "") -> Stack:
+    """`norms` and `scales` name those of attention and feed-forward; a layer scale ends a branch where there is one."""
+    ends = scales.split() or [f"{attention}.{out}", "mlp.fc2"]
+    first, second = norms.split()
     return Stack(
         layers=layers,
         attention=attention,
         linears=_attention(attention, f"q_proj k_proj v_proj {out}") | {"up": "mlp.fc1", "down": "mlp.fc2"},
+        sublayers={
+            "attention": Sublayer(ends[0], f"{attention}.q_proj", before=first),
+            "feedforward": Sublayer(ends[1], "mlp.fc1", before=second),
+        },
+        final_norm=final_norm,
         insert="states",
         positions="implicit",
     )
 
 
 def _families() -> Iterator[Family]:
-    for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"):
+    for name in ("llama", "mistral", "qwen2", "qwen3"):
         yield Family(name, (_LLAMA,))
+    for name in ("gemma2", "gemma3_text"):
+        yield Family(name, (_GEMMA,))
     yield Family("phi3", (_PHI3,))
     yield Family("gpt2", (_GPT2,))
     yield Family("gpt_neox", (_NEOX,))
     yield Family("opt", (_OPT,), roots=("decoder",))
     yield Family("bloom", (_BLOOM,), interface=False)
-    yield Family("bert", (_bert(),))
-    yield Family("roberta", (_bert("padded"),))
+    yield Family("bert", (_bert(),), pooler="pooler.dense")
+    yield Family("roberta", (_bert("padded"),), pooler="pooler.dense")
     yield Family("electra", (_bert(),))
     yield Family("distilbert", (_DISTILBERT,))
     yield Family("modernbert", (_MODERNBERT,))
     yield Family("t5", (_t5("encoder", 1, None, "tokens"), _t5("decoder", 2, "layer.1.EncDecAttention", None)))
     yield Family("bart", (_bart("encoder", "tokens"), _bart("decoder", None)))
-    yield Family("whisper", (_bart("encoder", "states"), _bart("decoder", None)))
-    yield Family("vit", (_vision("layers", "attention", "o_proj"),))
-    yield Family("dinov2", (_vision("encoder.layer", "attention", "o_proj"),))
-    clip = _vision("encoder.layers", "self_attn", "out_proj")
+    yield Family("whisper", (_bart("encoder", "states", True), _bart("decoder", None, True)))
+    vit = _vision("layers", "attention", "o_proj", "layernorm_before layernorm_after", "layernorm")
+    dino = _vision("encoder.layer", "attention", "o_proj", "norm1 norm2", "layernorm", "layer_scale1 layer_scale2")
+    clip = _vision("encoder.layers", "self_attn", "out_proj", "layer_norm1 layer_norm2", "post_layernorm")
+    yield Family("vit", (vit,))
+    yield Family("dinov2", (dino,))
     yield Family("clip", (clip,), roots=("vision_model", ""))
     yield Family("clip_vision_model", (clip,), roots=("vision_model", ""), head=False)
 

@@ -3,15 +3,20 @@
 A method is a frozen dataclass. `build` gives each site that it claims one part, an nn.Module whose parameters are the
 trained tensors there. What the frame calls on a part depends on the site's kind:
 
-    linear   forward(x [..., in], y [..., out]) -> y'      merged(weight, bias) -> (weight, bias), if the method merges
+    linear   forward(x [..., in], y [..., out]) -> y', or before(x) -> x' in front of the projection;
+             merged(weight, bias) -> (weight, bias), if the method merges
+    activation   forward(output, input=…, stream=…) -> output'; `reads` names what it wants of input and stream
+    norm     forward(x, y) -> y'                           write_into(module), if the method merges
     kv       prefix() -> keys, values [kv_heads, P, head_dim], put in front of the text's, or
              context(query [B, heads, n, head_dim], scaling) -> [B, n, heads, head_dim], added to the attention's output
     embeds   forward() -> virtual tokens [P, width]
     head     forward(hidden) -> logits, in place of the base's head
 
 Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
-describes it; a method whose start needs text has `for_loading() -> method` with the same shapes and without that need;
-`whole_model = True` marks full fine-tuning; `own_head = True` says that the method deals with the task head itself.
+describes it; a part with `lr_scales() -> {name: factor}` trains those tensors at a multiple of the learning rate; a
+method whose start needs text has `for_loading() -> method` with the same shapes and without that need; one with
+`consistency` > 0 is trained on two forwards a batch (consistency.py); `whole_model = True` marks full fine-tuning;
+`own_head = True` says that the method deals with the task head itself.
 """
 
 from __future__ import annotations

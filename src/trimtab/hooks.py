@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trimtab.copies import ModuleCopy
 from trimtab.errors import UserError
-from trimtab.sites import HeadSite, Interleaved, LinearSite, Span
-from trimtab.task_head import HeadCopy
+from trimtab.sites import ActivationSite, HeadSite, Interleaved, LinearSite, NormSite, Span
 
 
 class Switch:
@@ -35,6 +35,34 @@ class LinearHook:
         if self.span is None:
             return self.part(args[0], output)
         return self.span.put(output, self.part(args[0], self.span.take(output)))
+
+
+class ActivationHook:
+    """output -> part(output, input=…, stream=…) at the end of a branch, with what the part reads."""
+
+    def __init__(self, part: nn.Module, switch: Switch):
+        self.part, self.switch = part, switch
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": {}}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if not self.switch.on:
+            return None
+        seen, self.seen = self.seen, {}
+        return self.part(output, **seen)
+
+
+class Note:
+    """Notes a module's input under a name, for the hook at the end of the branch."""
+
+    def __init__(self, hook: ActivationHook, name: str):
+        self.hook, self.name = hook, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.hook.switch.on:
+            self.hook.seen[self.name] = args[0] if args else kwargs["hidden_states"]
 
 
 class HeadHook:
@@ -91,12 +119,38 @@ class RefuseReentrant:
                 raise UserError("reentrant checkpointing trains no adapter; pass use_reentrant=False")
 
 
-def install_linear(site: LinearSite, part: nn.Module, switch: Switch) -> list[Any]:
-    """Hooks `part` to the projection's output."""
+class InputHook:
+    """x -> part.before(x) in front of a projection."""
+
+    def __init__(self, part: Any, switch: Switch):
+        self.part, self.switch = part, switch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return (self.part.before(args[0]), *args[1:]) if self.switch.on else None
+
+
+def install_linear(site: LinearSite, part: Any, switch: Switch) -> list[Any]:
+    """Hooks `part` to the projection's output, or to its input if the part has `before`."""
+    if hasattr(part, "before"):
+        return [site.module.register_forward_pre_hook(InputHook(part, switch))]
     return [site.module.register_forward_hook(LinearHook(part, switch, site.span))]
 
 
-def install_head(site: HeadSite, part: HeadCopy, switch: Switch) -> list[Any]:
+def install_norm(site: NormSite, part: nn.Module, switch: Switch) -> list[Any]:
+    """Hooks `part` to the norm's output."""
+    return [site.module.register_forward_hook(LinearHook(part, switch, None))]
+
+
+def install_activation(site: ActivationSite, part: nn.Module, switch: Switch) -> list[Any]:
+    """Hooks `part` to the branch's output, and to what it reads (`part.reads`, of "input" and "stream")."""
+    hook = ActivationHook(part, switch)
+    sources = {"input": site.reads, "stream": site.stream}
+    wanted = getattr(part, "reads", ())
+    notes = [sources[name].register_forward_pre_hook(Note(hook, name), with_kwargs=True) for name in wanted]
+    return [*notes, site.module.register_forward_hook(hook)]
+
+
+def install_head(site: HeadSite, part: ModuleCopy, switch: Switch) -> list[Any]:
     """Hooks `part` in place of the head."""
     return [site.module.register_forward_hook(HeadHook(part, switch), with_kwargs=True)]
 

@@ -6,7 +6,7 @@ does not exist is an error at attach time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -91,6 +91,8 @@ class LinearSite:
             whole = self._in_out()
             whole.copy_(weight.T if self.span is None else self.span.put(whole, weight.T.to(whole.dtype)))
             if bias is not None:
+                if self.module.bias is None:
+                    self.module.bias = nn.Parameter(torch.zeros_like(whole[0]), requires_grad=False)
                 own = self.module.bias
                 own.copy_(bias if self.span is None else self.span.put(own, bias.to(own.dtype)))
 
@@ -139,6 +141,38 @@ class EmbedsSite:
 
 
 @dataclass(frozen=True, eq=False)
+class ActivationSite:
+    """What a branch of a layer adds to the residual stream, and what the branch reads."""
+
+    key: str
+    stack: str
+    layer: int
+    branch: str
+    """attention, cross or feedforward."""
+    module: Module
+    """Its output [batch, length, width] is added to the stream."""
+    path: str
+    reads: Module
+    """Its input is what the branch reads: the stream, or the norm of it."""
+    stream: Module
+    """Its input is the residual stream."""
+    after: Module
+    """The frozen norm behind the residual add, in post-norm layers; else None."""
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class NormSite:
+    """One normalisation: in a layer, behind the last layer, or at the embeddings (layer -1)."""
+
+    key: str
+    stack: str
+    layer: int
+    module: Module
+    path: str
+
+
+@dataclass(frozen=True, eq=False)
 class HeadSite:
     """A task head (classifier, score) or the language-model head."""
 
@@ -150,13 +184,14 @@ class HeadSite:
     stack: str = ""
 
 
-Site = LinearSite | KVSite | EmbedsSite | HeadSite
+Site = LinearSite | KVSite | EmbedsSite | ActivationSite | NormSite | HeadSite
 
 
 class Sites:
     """All sites of one model.
 
-    `linear`, `kv`, `embeds` and `head` are tuples of sites; `layer_modules` maps a stack's name to its layers.
+    `linear`, `activation`, `norm`, `kv`, `embeds` and `head` are tuples of sites; `pooler` is a linear site or None;
+    `layer_modules` maps a stack's name to its layers.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -167,6 +202,7 @@ class Sites:
         linear: list[LinearSite] = []
         kv: list[KVSite] = []
         embeds: list[EmbedsSite] = []
+        activation: list[ActivationSite] = []
         for stack in self.family.stacks:
             if stack.name == "decoder" and not _has(root, stack.layers):
                 continue  # an encoder-only class of an encoder-decoder family
@@ -176,9 +212,14 @@ class Sites:
             stack_kv = [site for i, layer in enumerate(layers) for site in _kvs(stack, i, layer, names, stack_linear)]
             linear += stack_linear
             kv += stack_kv
+            for i, layer in enumerate(layers):
+                activation += _activations(stack, i, layer, names)
             if stack.insert:
                 embeds.append(_embeds(stack, root, layers, stack_linear, stack_kv, model))
+        self.pooler = _pooler(self.family, root, len(self.layer_modules[self.family.stacks[0].name]), names)
         self.linear = tuple(linear)
+        self.activation = tuple(activation)
+        self.norm = tuple(_norms(self.family, root, self.layer_modules, names))
         self.kv = tuple(kv) if self.family.interface else ()
         self.embeds = tuple(embeds)
         self.head = tuple(_heads(model, names))
@@ -194,8 +235,20 @@ class Sites:
                 raise unknown(f"the target of {self.family.name}", target, sorted(roles))
         if not targets:
             raise UserError(f"targets names no projection; {self.family.name} has {', '.join(sorted(roles))}")
-        chosen = {name: set(select_layers(layers, len(found))) for name, found in self.layer_modules.items()}
+        chosen = self._chosen(layers)
         return [site for site in self.linear if site.role in targets and site.layer in chosen[site.stack]]
+
+    def activations(self, branches: Sequence[str], layers: str | None) -> list[ActivationSite]:
+        """The activation sites of these branches in these layers of every stack. Raises UserError as `linears`."""
+        known = {site.branch for site in self.activation}
+        for branch in branches:
+            if branch not in known:
+                raise unknown(f"the branch of {self.family.name}", branch, sorted(known))
+        chosen = self._chosen(layers)
+        return [site for site in self.activation if site.branch in branches and site.layer in chosen[site.stack]]
+
+    def _chosen(self, layers: str | None) -> dict[str, set[int]]:
+        return {name: set(select_layers(layers, len(found))) for name, found in self.layer_modules.items()}
 
     @property
     def task_head(self) -> list[HeadSite]:
@@ -288,6 +341,76 @@ def _span(where: Fused, stack: Stack, layer: nn.Module, total: int) -> tuple[Spa
         queries = _features(output)[0]
         sizes = [queries, (total - queries) // 2, (total - queries) // 2]
     return Span(sum(sizes[:index]), sizes[index]), sizes[index]
+
+
+def _activations(stack: Stack, index: int, layer: nn.Module, names: dict[int, str]) -> Iterator[ActivationSite]:
+    for branch, sub in stack.sublayers.items():
+        reads = _expected(layer, sub.input)
+        output = _expected(layer, sub.output)
+        last = _expected(layer, _path_of(stack.cross_linears if branch == "cross" else stack.linears, branch))
+        yield ActivationSite(
+            key=f"{_prefix(stack.name, index)}_{branch}",
+            stack=stack.name,
+            layer=index,
+            branch=branch,
+            module=output,
+            path=names[id(output)],
+            reads=reads,
+            stream=reads if sub.before is None else _expected(layer, sub.before),
+            after=None if sub.after is None else _expected(layer, sub.after),
+            width=_features(last)[1],
+        )
+
+
+def _path_of(linears: Mapping[str, str | Fused], branch: str) -> str:
+    """The path of the projection that ends a branch."""
+    where = linears["down" if branch == "feedforward" else "o"]
+    assert isinstance(where, str)
+    return where
+
+
+def _expected(layer: nn.Module, alternatives: str) -> Module:
+    module = _first(layer, alternatives)
+    if module is None:
+        raise UserError(f"{type(layer).__name__} has no module {alternatives!r}, which trimtab expects there")
+    return module
+
+
+def _pooler(family: Family, root: Any, layers: int, names: dict[int, str]) -> LinearSite | None:
+    """The pooler's projection, where the model has one (a class may leave it out)."""
+    if family.pooler is None or getattr(root, family.pooler.partition(".")[0], None) is None:
+        return None
+    module = root.get_submodule(family.pooler)
+    return LinearSite("pooler", "", layers, "pooler", False, module, names[id(module)], *_features(module), None)
+
+
+def _norms(
+    family: Family, root: nn.Module, layers: Mapping[str, Sequence[nn.Module]], names: dict[int, str]
+) -> Iterator[NormSite]:
+    """Every normalisation with a weight under the family's root.
+
+    One outside the layers counts as standing in front of them unless the family names it as the final norm: that
+    never cuts a gradient that is needed.
+    """
+    where = {
+        id(inner): (stack, i)
+        for stack, found in layers.items()
+        for i, layer in enumerate(found)
+        for inner in layer.modules()
+    }
+    final = {
+        id(root.get_submodule(s.final_norm)): s.name for s in family.stacks if s.final_norm and _has(root, s.final_norm)
+    }
+    for path, module in root.named_modules():
+        if not type(module).__name__.endswith("Norm") or getattr(module, "weight", None) is None:
+            continue
+        if id(module) in where:
+            stack, layer = where[id(module)]
+        elif id(module) in final:
+            stack, layer = final[id(module)], len(layers[final[id(module)]])
+        else:
+            stack, layer = path.partition(".")[0] if len(layers) > 1 else "", -1
+        yield NormSite(f"norm_{path.replace('.', '_')}", stack, layer, module, names[id(module)])
 
 
 def _kvs(

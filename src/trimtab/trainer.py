@@ -26,6 +26,7 @@ from transformers.trainer_callback import ExportableState
 
 from trimtab.adapter import Adapter, adapters
 from trimtab.batches import Collator, TokenBatches, length
+from trimtab.consistency import consistency_loss
 from trimtab.errors import UserError
 from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, label_only
 from trimtab.methods.spec import format_method
@@ -126,25 +127,31 @@ class Trainer(transformers.Trainer):
         if not self._is_ours(base, inputs):
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return found if return_outputs or not model.training else found / self.current_gradient_accumulation_steps
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        if labels.dim() == 1:
-            outputs = model(**inputs)
-            loss = label_loss(outputs.logits, labels, num_items_in_batch)
-        else:
-            inputs["use_cache"] = False
-            if base.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-                inputs["decoder_input_ids"] = decoder_inputs(base, labels)
-            if return_outputs:
-                outputs = model(**inputs)
-                loss = label_loss(outputs.logits, align_labels(base, labels), num_items_in_batch)
-            else:
-                with label_only(base, labels) as targets:
-                    outputs = model(**inputs)
-                loss = label_loss(outputs.logits, targets, num_items_in_batch)
+        outputs, targets = self._forward(model, base, inputs, everywhere=return_outputs)
+        loss = label_loss(outputs.logits, targets, num_items_in_batch)
+        weight = getattr(self.adapter.method, "consistency", 0.0)
+        if weight > 0 and model.training:
+            again, _ = self._forward(model, base, inputs, everywhere=return_outputs)
+            loss = loss + weight * consistency_loss(outputs.logits, again.logits, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which then average their gradients
         return (loss, outputs) if return_outputs else loss
+
+    def _forward(
+        self, model: nn.Module, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool
+    ) -> tuple[Any, Tensor]:
+        """The model's outputs and the targets of their logits: one a row, or one a labelled position."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        if labels.dim() == 1:
+            return model(**inputs), labels
+        inputs["use_cache"] = False
+        if base.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = decoder_inputs(base, labels)
+        if everywhere:
+            return model(**inputs), align_labels(base, labels)
+        with label_only(base, labels) as targets:
+            return model(**inputs), targets
 
     def _is_ours(self, base: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         """Whether the loss is the cross-entropy that this class computes."""
@@ -176,10 +183,12 @@ class Trainer(transformers.Trainer):
         for parameter in others:
             parameter.requires_grad_(False)
         try:
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
         finally:
             for parameter in others:
                 parameter.requires_grad_(True)
+        _scale_rates(optimizer, self.adapter.lr_scales())
+        return optimizer
 
     # Batches
 
@@ -331,6 +340,16 @@ def _pad_id(model: PreTrainedModel, options: dict[str, Any]) -> int:
     tokenizer = options.get("processing_class")
     found = getattr(tokenizer, "pad_token_id", None)
     return next((pad for pad in (found, getattr(model.config, "pad_token_id", None)) if isinstance(pad, int)), 0)
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, scales: dict[nn.Parameter, float]) -> None:
+    """Give parameters that learn at a multiple of the rate groups of their own (LoRA+)."""
+    for group in list(optimizer.param_groups):
+        for factor in sorted({scales[weight] for weight in group["params"] if weight in scales}):
+            faster = [weight for weight in group["params"] if scales.get(weight) == factor]
+            group["params"] = [weight for weight in group["params"] if scales.get(weight) != factor]
+            optimizer.add_param_group({**group, "params": faster, "lr": group["lr"] * factor})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def _tokens(inputs: dict[str, Any]) -> Tensor:

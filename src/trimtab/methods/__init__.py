@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.contract import Method
+from trimtab.methods.adamix import AdaMix
+from trimtab.methods.bitfit import BitFit
 from trimtab.methods.full import Full
 from trimtab.methods.head import Head
+from trimtab.methods.houlsby import Houlsby
+from trimtab.methods.ia3 import IA3
+from trimtab.methods.layernorm import LayerNorm
 from trimtab.methods.lora import LoRA
+from trimtab.methods.parallel import Parallel
+from trimtab.methods.pfeiffer import Pfeiffer
 from trimtab.methods.prompt import Prompt
 from trimtab.methods.union import Union
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trimtab.contract import Context, Parts
+from trimtab.copies import ModuleCopy
 from trimtab.errors import UserError
 from trimtab.sites import Sites
-from trimtab.task_head import HeadCopy
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Head:
         """A copy of every head module. Raises UserError where the model has no head."""
         if not sites.head:
             raise UserError(f"head: this {sites.family.name} model has no head; load it as a model for classification")
-        return {site: HeadCopy.of(site) for site in sites.head}
+        return {site: ModuleCopy.of(site) for site in sites.head}
 
     def parameter_count(self, sites: Sites) -> int:
         """The parameters of the head modules."""

@@ -1,0 +1,68 @@
+"""A module of an adapter's own: a trained copy of a head or a norm of the base. Knows nothing of tasks or labels."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.sites import HeadSite, NormSite
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module without any hooks; its weights are untied from the base's."""
+    without_hooks: dict[int, Any] = {
+        id(getattr(inner, name)): OrderedDict() for inner in module.modules() for name in _HOOKS
+    }
+    return copy.deepcopy(module, without_hooks)
+
+
+def write_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy trained weights into the base's module of the same shape; one tied to the embeddings is untied first."""
+    for name, weight in source.named_parameters():
+        owner = target.get_submodule(name.rpartition(".")[0])
+        old = getattr(owner, name.rpartition(".")[2])
+        new = nn.Parameter(weight.detach().to(old.dtype).clone(), requires_grad=old.requires_grad)
+        setattr(owner, name.rpartition(".")[2], new)
+
+
+class ModuleCopy(nn.Module):
+    """y = copy(x), where `copy` starts as the base's module and is trained."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.copy = module.requires_grad_(True)
+
+    @classmethod
+    def of(cls, site: HeadSite) -> ModuleCopy:
+        """A copy of the site's module."""
+        return cls(plain_copy(site.module))
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module's own signature."""
+        return self.copy(*args, **kwargs)
+
+    def write_into(self, module: nn.Module) -> None:
+        """Copy the trained weights into the base's module."""
+        write_weights(self.copy, module)
+
+
+class NormCopy(nn.Module):
+    """A normalisation with trained weights: y' = copy(x), whatever its kind (LayerNorm, RMSNorm, Gemma's 1 + w)."""
+
+    def __init__(self, site: NormSite):
+        super().__init__()
+        self.copy = plain_copy(site.module).requires_grad_(True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x [..., width] -> the normalised x under the trained weights"""
+        return self.copy(x).to(y.dtype)
+
+    def write_into(self, module: nn.Module) -> None:
+        """Copy the trained weights into the base's norm."""
+        write_weights(self.copy, module)
