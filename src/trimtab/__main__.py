@@ -270,7 +270,7 @@ def generate(
 def merge(
     folder: Folder,
     output: Annotated[
-        Path, typer.Option(metavar="MODEL", help="Folder to write the merged model into.", show_default=False)
+        Path, typer.Option(metavar="DIR2", help="Folder to write the merged model into.", show_default=False)
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder has.")] = False,
 ) -> None:

@@ -265,6 +265,6 @@ def _check_base(model: PreTrainedModel, base: Mapping[str, Any], folder: str | P
         )
     if base.get("fingerprint") != model_fingerprint(model):
         raise UserError(
-            f"{folder} was trained on another base model ({base.get('path')}): the weights differ; "
+            f"{folder} was trained on another base model ({base.get('path') or 'of no name'}): the weights differ; "
             "force=True loads it all the same"
         )

@@ -12,7 +12,7 @@ import yaml
 from trimtab import config
 from trimtab.checkpoint import CONFIG, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
 from trimtab.errors import UserError
-from trimtab.methods.spec import format_method, parse_method
+from trimtab.methods.spec import method_to_dict, parse_method
 from trimtab.models import portable, same_source
 from trimtab.report import read_object, write_report
 from trimtab.settings import PLACES, TrainSettings
@@ -33,7 +33,7 @@ def settings_to_dict(settings: TrainSettings) -> dict[str, Any]:
     What the run was only started with (resume, overwrite) is left out.
     """
     values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _SWITCHES}
-    values["method"] = format_method(parse_method(settings.method))
+    values["method"] = method_to_dict(parse_method(settings.method))  # every field: defaults may change one day
     if settings.label_words is not None:
         values["label_words"] = dict(settings.label_words)
     if settings.eval_data is not None:
