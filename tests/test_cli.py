@@ -748,3 +748,15 @@ def test_streams_and_exit_code_of_the_process(trained):
     failed = start("train", "--epochs", "many", "--model", "m", "--data", "d", "--output", "o")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.splitlines() == ["error: epochs='many' must be a valid number"]
+
+
+def test_inspect_of_an_adapter_saved_from_python(tmp_path: Path) -> None:
+    import trimtab as tt
+    from tiny import tiny
+
+    adapter = tt.attach(tiny("llama"), "lora[r=2]")
+    adapter.save(tmp_path / "saved")
+    counted = sum(parameter.numel() for parameter in adapter.parameters())
+    found = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "saved")])
+    assert found.exit_code == 0 and f"{counted:,} trained parameters" in found.stdout
+    assert "before" not in found.stdout

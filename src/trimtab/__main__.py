@@ -382,7 +382,8 @@ def inspect_(
     if found["task"]:
         print(f"task   {found['task'].get('name')}  {', '.join(found['task'].get('labels') or [])}".rstrip())
     print(f"size   {size_line(facts)}")
-    _show(result_table(facts))
+    if found["after"]:  # an adapter saved from Python was not evaluated
+        _show(result_table(facts))
 
 
 if __name__ == "__main__":

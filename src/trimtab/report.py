@@ -27,6 +27,7 @@ METRICS = "metrics.json"
 RUN = "run.yaml"
 LOG = "log.jsonl"
 ADAPTER = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 WHOLE = "trimtab_config.json"
 """What a fully tuned model has instead."""
 
@@ -84,11 +85,27 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{str(folder)!r} is no output of trimtab: it has neither {ADAPTER} nor {METRICS}")
     return {
         "folder": folder.resolve().name,
-        "metrics": read_object(folder / METRICS),
+        "metrics": read_object(folder / METRICS) or _stored(folder / WEIGHTS),
         "run": read_yaml(folder / RUN, typed=True) if (folder / RUN).is_file() else {},
         "log": _read_lines(folder / LOG),
         "adapter": _read_adapter(folder),
     }
+
+
+def _stored(weights: Path) -> dict[str, Any]:
+    """What the file of an adapter saved from Python says of its size, in the form of metrics.json."""
+    if not weights.is_file():
+        return {}
+    from math import prod
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="np") as file:
+            count = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{str(weights)!r} cannot be read as safetensors: {error}") from None
+    return {"parameters": {"trainable": count}, "bytes": weights.stat().st_size}
 
 
 def _read_adapter(folder: Path) -> dict[str, Any]:
