@@ -272,7 +272,7 @@ def test_attention_chosen_after_attaching_is_refused() -> None:
 
 
 def test_public_names() -> None:
-    assert {method.__name__ for method in tt.METHODS.values()} <= set(tt.__all__)
+    assert all(getattr(tt, method.__name__) is method for method in tt.METHODS.values())
     for name in tt.__all__:
         assert getattr(tt, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):

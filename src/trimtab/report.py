@@ -315,7 +315,7 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "family": adapter.get("base", {}).get("model_type", "–"),
         "method": method_text(facts),
         "papers": [_describe(one) for one in methods],
-        "whole_model": (adapter.get("method") or {}).get("name") == "full",
+        "whole_model": _is_whole(adapter.get("method")),
         "task": task,
         "data": run.get("data"),
         "eval_data": run.get("eval_data"),
@@ -366,6 +366,13 @@ def _is_hub_id(base: str) -> bool:
     parts = base.split("/")
     named = len(parts) <= 2 and all(part and part[0].isalnum() for part in parts)
     return named and ":" not in base and base != "–" and not Path(base).exists()
+
+
+def _is_whole(described: Any) -> bool:
+    """Whether the method trains the whole model."""
+    from trimtab.methods import METHODS
+
+    return bool(getattr(METHODS.get(str((described or {}).get("name"))), "whole_model", False))
 
 
 def _cell(value: Any) -> str:

@@ -109,11 +109,12 @@ class AdaMix:
         return sites.linears(("q", "v"), self.layers)
 
 
-def _one(experts: torch.Tensor, training: bool) -> torch.Tensor:
-    """[experts, …] -> […]: a drawn one in training, else the average."""
-    if not training or experts.shape[0] == 1:
-        return experts.mean(0)
-    return experts[torch.randint(experts.shape[0], ())]
+def _drawn(training: bool, *stacks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of each [experts, …] the same drawn expert in training, else the average."""
+    if not training or stacks[0].shape[0] == 1:
+        return tuple(stack.mean(0) for stack in stacks)
+    expert = torch.randint(stacks[0].shape[0], ())
+    return tuple(stack[expert] for stack in stacks)
 
 
 class MixedBottleneck(nn.Module):
@@ -132,16 +133,9 @@ class MixedBottleneck(nn.Module):
     def forward(self, output: torch.Tensor) -> torch.Tensor:
         """[batch, length, width] -> [batch, length, width]"""
         hidden = output.to(self.down.dtype)
-        down, down_bias = self._drawn(self.down, self.down_bias)
-        up, up_bias = self._drawn(self.up, self.up_bias)
+        down, down_bias = _drawn(self.training, self.down, self.down_bias)
+        up, up_bias = _drawn(self.training, self.up, self.up_bias)
         return output + F.linear(self.activation(F.linear(hidden, down, down_bias)), up, up_bias).to(output.dtype)
-
-    def _drawn(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A weight and the bias of the same expert."""
-        if not self.training or weight.shape[0] == 1:
-            return weight.mean(0), bias.mean(0)
-        expert = torch.randint(weight.shape[0], ())
-        return weight[expert], bias[expert]
 
     @torch.no_grad()
     def fold(self) -> MixedBottleneck:
@@ -163,8 +157,8 @@ class MixedLowRank(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x [..., in], y [..., out] -> [..., out]"""
-        low = F.linear(x.to(self.A.dtype), _one(self.A, self.training))
-        return y + (F.linear(low, _one(self.B, self.training)) * self.scale).to(y.dtype)
+        (down,), (up,) = _drawn(self.training, self.A), _drawn(self.training, self.B)
+        return y + (F.linear(F.linear(x.to(self.A.dtype), down), up) * self.scale).to(y.dtype)
 
     @torch.no_grad()
     def fold(self) -> MixedLowRank:
