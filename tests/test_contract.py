@@ -50,6 +50,8 @@ VARIANTS = {
 UNIONS = (
     "houlsby[size=4]|prompt[length=3]",
     "lora[r=2,layers=0:1]|prompt[length=3]",
+    "pfeiffer[size=4]|parallel[size=4]",
+    "ia3|lora[r=2,targets=v,down]|bitfit",
 )
 
 

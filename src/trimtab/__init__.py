@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trimtab.adapter import Adapter, adapters, attach
+    from trimtab.bank import Bank
     from trimtab.checkpoint import load
     from trimtab.contract import Method
     from trimtab.errors import UserError
@@ -37,6 +38,7 @@ _HOME = {
     "Adapter": "adapter",
     "adapters": "adapter",
     "attach": "adapter",
+    "Bank": "bank",
     "load": "checkpoint",
     "Method": "contract",
     "UserError": "errors",
@@ -52,6 +54,7 @@ __all__ = [
     "METHODS",
     "AdaMix",
     "Adapter",
+    "Bank",
     "BitFit",
     "Full",
     "Head",

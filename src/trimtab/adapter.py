@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trimtab.arch import FAMILIES, supports
 from trimtab.attention import AttentionSetting, RefuseOtherAttention, install_kv
-from trimtab.contract import Context, Method
+from trimtab.contract import Context, Method, folded, members
 from trimtab.copies import ModuleCopy
 from trimtab.errors import UserError
 from trimtab.hooks import (
@@ -32,6 +32,7 @@ from trimtab.hooks import (
     install_linear,
     install_norm,
 )
+from trimtab.labels import LabelSetting
 from trimtab.methods import METHODS
 from trimtab.methods.spec import parse_method
 from trimtab.sites import ActivationSite, EmbedsSite, HeadSite, KVSite, LinearSite, NormSite, Site, Sites
@@ -86,7 +87,8 @@ class Adapter:
 
     def lr_scales(self) -> dict[nn.Parameter, float]:
         """The trained tensors that learn at a multiple of the learning rate, with the factor."""
-        parts: list[Any] = [part for part in self._entry.parts.values() if hasattr(part, "lr_scales")]
+        every = (part for parts in self._entry.parts.values() for part in members(parts))
+        parts: list[Any] = [part for part in every if hasattr(part, "lr_scales")]
         scales = [(part.get_parameter(name), factor) for part in parts for name, factor in part.lr_scales().items()]
         return {weight: factor for weight, factor in scales if factor != 1.0}
 
@@ -141,8 +143,9 @@ class Adapter:
         self.detach()
         for write in updates:
             write()
-        for site, part in copies:
-            part.write_into(site.module)  # type: ignore[operator]
+        for site, parts in copies:
+            for part in members(parts):
+                part.write_into(site.module)
         return self.model
 
     def detach(self) -> PreTrainedModel:
@@ -156,6 +159,17 @@ class Adapter:
             attachments.restore()
             del self.model.trimtab
         return self.model
+
+    def fit_head(self, labels: Sequence[str]) -> None:
+        """Give the task head as many classes as there are labels, and their names; new ones are to be loaded."""
+        entry = self._entry
+        for site in entry.sites:
+            if isinstance(site, HeadSite) and not site.generative:
+                for part in members(entry.parts[site.key]):
+                    part.resize(len(entry.labels), len(labels))
+        entry.labels = tuple(labels)
+        if self.active:
+            self.activate()
 
     def save(self, folder: str | Path, *, task: Mapping[str, Any] | None = None) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors` (folded) into `folder`, atomically."""
@@ -175,6 +189,7 @@ class Entry(nn.Module):
         self.name, self.method = name, method
         self.sites = tuple(parts)
         self.parts = nn.ModuleDict({site.key: _placed(site, part) for site, part in parts.items()})
+        self.labels = attachments.labels.own
         self.switch = Switch()
         self.handles: list[Any] = []
         whole = getattr(method, "whole_model", False)
@@ -186,7 +201,8 @@ class Entry(nn.Module):
     def install(self) -> None:
         """Put the hooks in place."""
         for site in sorted(self.sites, key=_order):
-            self.handles += INSTALLERS[type(site)](site, self.parts[site.key], self.switch)
+            for part in members(self.parts[site.key]):
+                self.handles += INSTALLERS[type(site)](site, part, self.switch)
         for layer, at_output in self.cuts:
             if at_output:
                 self.handles.append(layer.register_forward_hook(DetachOutput(self.switch)))
@@ -210,6 +226,7 @@ class Attachments(nn.Module):
         _own_configs(model)
         self.sites = Sites(model)
         self.attention = AttentionSetting(self.sites.kv)
+        self.labels = LabelSetting(model)
         self.switches: list[Switch] = []
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.dropouts = list(_dropouts(model))
@@ -248,11 +265,15 @@ class Attachments(nn.Module):
             self.attention.release()
 
     def use(self, name: str | None) -> None:
-        """Switch to the adapter of this name, or to the frozen base."""
+        """Switch to the adapter of this name, or to the frozen base; takes the same time however many there are."""
+        if self.active is not None and self.active in self.entries:
+            self.entries[self.active].switch.on = False  # type: ignore[union-attr]
         self.active = name
-        for key, entry in self.entries.items():
-            entry.switch.on = key == name  # type: ignore[union-attr]
-        self.attention.set(name is not None and self.entries[name].uses_attention)  # type: ignore[arg-type]
+        entry: Any = None if name is None else self.entries[name]
+        if entry is not None:
+            entry.switch.on = True
+        self.attention.set(entry is not None and entry.uses_attention)
+        self.labels.set(self.labels.own if entry is None else entry.labels)
 
     def restore(self) -> None:
         """Give the base model back its hooks, dropout and `requires_grad`."""
@@ -306,6 +327,11 @@ def adapters(model: PreTrainedModel) -> dict[str, Adapter]:
     return {name: Adapter(model, name) for name in attachments.entries} if isinstance(attachments, Attachments) else {}
 
 
+def use_base(model: PreTrainedModel) -> None:
+    """Let no adapter act: the model is the frozen base, the adapters stay attached."""
+    _attachments(model).use(None)
+
+
 def supported(kinds: frozenset[str]) -> list[str]:
     """The families that have all of these site kinds."""
     return [family.name for family in FAMILIES.values() if supports(kinds, family)]
@@ -313,8 +339,7 @@ def supported(kinds: frozenset[str]) -> list[str]:
 
 def folded_parts(parts: nn.ModuleDict) -> nn.ModuleDict:
     """The parts in their inference form; a part that has none stays what it is."""
-    ready: dict[str, Any] = dict(parts.items())
-    return nn.ModuleDict({key: part.fold() if hasattr(part, "fold") else part for key, part in ready.items()})
+    return nn.ModuleDict({key: folded(part) for key, part in parts.items()})
 
 
 def check_tensors(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
@@ -403,10 +428,15 @@ def _reads_trained(stack: str, claimed: Sequence[Site]) -> bool:
 
 
 def _merged(site: LinearSite, part: nn.Module) -> Callable[[], None]:
-    """Computes the merged weight now, so that a refusal comes before any change; the call writes it."""
+    """Computes the merged weight now, so that a refusal comes before any change; the call writes it.
+
+    What acts on the projection's input comes last: it is also the input of the parts that change the weight.
+    """
     bias = site.bias()
+    new = _at_least_float32(site.weight()), None if bias is None else _at_least_float32(bias)
     with torch.no_grad():
-        new = part.merged(_at_least_float32(site.weight()), None if bias is None else _at_least_float32(bias))  # type: ignore[operator]
+        for member in sorted(members(part), key=lambda member: hasattr(member, "before")):
+            new = member.merged(*new)
     return lambda: site.write(*new)
 
 

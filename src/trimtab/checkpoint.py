@@ -1,6 +1,7 @@
 """Adapter folders on disk: strict, atomic, safetensors only. Knows nothing of training.
 
-A folder holds `adapter_config.json` (format, method, base and its fingerprint, task) and `adapter_model.safetensors`.
+A folder holds `adapter_config.json` (format, method, base and its fingerprint, the head's labels, task) and
+`adapter_model.safetensors`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from trimtab.adapter import Adapter, attach, folded_parts
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict, method_to_dict
+from trimtab.sites import HeadSite
 from trimtab.snapshots import sync
 
 CONFIG = "adapter_config.json"
@@ -129,6 +131,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
         "name": adapter.name,
         "method": method_to_dict(method),
         "base": describe_base(adapter.model),
+        "labels": list(entry.labels) if any(_is_task_head(site) for site in entry.sites) else None,
         "task": dict(task) if task is not None else None,
     }
     if getattr(method, "whole_model", False):
@@ -200,6 +203,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} has format {config['format']!r}; this version of trimtab reads {FORMAT}")
     if not isinstance(config["method"], dict) or not isinstance(config["base"], dict):
         raise UserError(f"{path} is broken: method and base must be JSON objects")
+    labels = config.get("labels") or []
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path} is broken: labels must be a list of texts")
     return config
 
 
@@ -243,12 +249,14 @@ def load(
     method = method_from_dict(config["method"])
     if getattr(method, "whole_model", False):
         raise UserError(f"{folder} holds a whole model, not an adapter; load it with from_pretrained")
-    tensors = read_tensors(folder, config["method"])
+    tensors, labels = read_tensors(folder, config["method"]), config.get("labels")
     if not force:
-        _check_base(model, config["base"], folder)
+        _check_base(model, config, folder)
     shapes = getattr(method, "for_loading", lambda: method)()  # without what only the start needs: text, labels
     adapter = attach(model, shapes, name or str(config.get("name") or "default"))
     try:
+        if labels:
+            adapter.fit_head(labels)
         adapter.load_state_dict(tensors)
     except BaseException:
         adapter.detach()
@@ -257,11 +265,21 @@ def load(
     return adapter
 
 
-def _check_base(model: PreTrainedModel, base: Mapping[str, Any], folder: str | Path) -> None:
+def _is_task_head(site: Any) -> bool:
+    return isinstance(site, HeadSite) and not site.generative
+
+
+def _check_base(model: PreTrainedModel, config: Mapping[str, Any], folder: str | Path) -> None:
+    base = config["base"]
     if base.get("model_type") != model.config.model_type:
         raise UserError(
             f"{folder} was trained on a {base.get('model_type')} model ({base.get('path')}), "
             f"this is a {model.config.model_type}"
+        )
+    if config.get("labels") and base.get("class") != type(model).__name__:
+        raise UserError(
+            f"{folder} has the task head of a {base.get('class')}, this model is a {type(model).__name__}; "
+            f"load the base as {base.get('class')}"
         )
     if base.get("fingerprint") != model_fingerprint(model):
         raise UserError(

@@ -16,12 +16,13 @@ Optional: a part may have `fold() -> part`, its inference form, and the method t
 describes it; a part with `lr_scales() -> {name: factor}` trains those tensors at a multiple of the learning rate; a
 method whose start needs text has `for_loading() -> method` with the same shapes and without that need; one with
 `consistency` > 0 is trained on two forwards a batch (consistency.py); `whole_model = True` marks full fine-tuning;
-`own_head = True` says that the method deals with the task head itself.
+`own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
+the place of what the base has there, so that no other part may act at its site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -30,6 +31,28 @@ from torch import nn
 from trimtab.sites import Site, Sites
 
 Parts: TypeAlias = "Mapping[Site, nn.Module]"
+
+
+class Together(nn.Module):
+    """The parts of several methods at one site; they act one after the other, each on what the one before gives."""
+
+    def __init__(self, members: Mapping[str, nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleDict(members)
+
+    def fold(self) -> Together:
+        """The members in their inference forms."""
+        return Together({name: folded(part) for name, part in self.members.items()})
+
+
+def members(part: nn.Module) -> Iterator[Any]:
+    """The parts of single methods that a site's part consists of, in the order in which they act."""
+    yield from part.members.values() if isinstance(part, Together) else (part,)
+
+
+def folded(part: Any) -> nn.Module:
+    """A part in its inference form; one that has none stays what it is."""
+    return part.fold() if hasattr(part, "fold") else part
 
 
 @dataclass(frozen=True)

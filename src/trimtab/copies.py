@@ -34,6 +34,8 @@ def write_weights(source: nn.Module, target: nn.Module) -> None:
 class ModuleCopy(nn.Module):
     """y = copy(x), where `copy` starts as the base's module and is trained."""
 
+    exclusive = True
+
     def __init__(self, module: nn.Module):
         super().__init__()
         self.copy = module.requires_grad_(True)
@@ -47,6 +49,15 @@ class ModuleCopy(nn.Module):
         """The module's own signature."""
         return self.copy(*args, **kwargs)
 
+    def resize(self, before: int, after: int) -> None:
+        """Give the last projection, if it has `before` outputs, `after` of them; their values are to be loaded."""
+        linears = [module for module in self.copy.modules() if isinstance(module, nn.Linear)]
+        if linears and linears[-1].out_features == before != after:
+            last, weight = linears[-1], linears[-1].weight
+            last.out_features, last.weight = after, nn.Parameter(weight.new_zeros(after, last.in_features))
+            if last.bias is not None:
+                last.bias = nn.Parameter(weight.new_zeros(after))
+
     def write_into(self, module: nn.Module) -> None:
         """Copy the trained weights into the base's module."""
         write_weights(self.copy, module)
@@ -54,6 +65,8 @@ class ModuleCopy(nn.Module):
 
 class NormCopy(nn.Module):
     """A normalisation with trained weights: y' = copy(x), whatever its kind (LayerNorm, RMSNorm, Gemma's 1 + w)."""
+
+    exclusive = True
 
     def __init__(self, site: NormSite):
         super().__init__()

@@ -10,7 +10,7 @@ import json
 import math
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -215,13 +215,21 @@ def runs_table(summaries: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("folder", overflow="fold")
     table.add_column("method", overflow="fold")
+    table.add_column("task", overflow="fold")
     for heading in ("parameters", "bytes", *(_TITLES.get(name, name) for name in names)):
         table.add_column(heading, justify="right")
     for one in summaries:
         counted = [number(one["parameters"].get("trainable")), size(one["bytes"])]
-        cells = [Path(one["folder"]).name, one["method"], *counted, *(number(one["after"].get(name)) for name in names)]
+        own = [Path(one["folder"]).name, one["method"], task_text(one["task"])]
+        cells = [*own, *counted, *(number(one["after"].get(name)) for name in names)]
         table.add_row(*(escape(cell) for cell in cells))
     return table
+
+
+def task_text(task: Mapping[str, Any]) -> str:
+    """A task's name, with the number of its labels where it has some; a dash where a folder names none."""
+    labels = task.get("labels")
+    return f"{task.get('name') or '–'}{f' ({len(labels)} labels)' if labels else ''}"
 
 
 def size_line(facts: dict[str, Any]) -> str:

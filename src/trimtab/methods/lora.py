@@ -125,6 +125,8 @@ class LowRank(nn.Module):
 class Decomposed(nn.Module):
     """DoRA: magnitude and direction of one projection."""
 
+    exclusive = True  # the direction is that of the base's weight, not of what another part made of it
+
     def __init__(self, site: LinearSite, method: LoRA):
         super().__init__()
         self.low = LowRank(site, method)

@@ -1,6 +1,8 @@
 """A union: several methods on one base model that train and save as one adapter, e.g. `lora[r=8]|prompt[length=10]`.
 
-The parts of its members act side by side; two members that claim the same kind of tensor at the same site are refused.
+The parts of its members act side by side, and at a site that several claim one after the other, in the order of the
+members. Refused are two parts that would train the same tensor: copies of one norm or head, two sets of virtual tokens,
+the same method twice at one site.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.contract import Context, Method, Parts
+from trimtab.contract import Context, Method, Parts, Together
 from trimtab.errors import UserError
-from trimtab.sites import Site, Sites
+from trimtab.sites import EmbedsSite, Site, Sites
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Union:
         return all(method.mergeable for method in self.methods)
 
     @property
+    def consistency(self) -> float:
+        """The weight of the consistency between two forwards, if a member is trained on two."""
+        return max(getattr(method, "consistency", 0.0) for method in self.methods)
+
+    @property
     def formula(self) -> str:
         """The members' formulas added."""
         return " + ".join(method.formula for method in self.methods)
@@ -60,17 +67,13 @@ class Union:
         return "; ".join(method.paper for method in self.methods)
 
     def build(self, sites: Sites, context: Context) -> Parts:
-        """The members' parts. Raises UserError where two members claim the same site."""
-        parts: dict[Site, nn.Module] = {}
-        owner: dict[Site, str] = {}
+        """The members' parts. Raises UserError where two members would train the same tensor."""
+        claims: dict[Site, dict[str, nn.Module]] = {}
         for method in self.methods:
             for site, part in method.build(sites, context).items():
-                if site in parts:
-                    raise UserError(
-                        f"{owner[site]} and {method.name} both claim {site.key}; give them different layers"
-                    )
-                parts[site], owner[site] = part, method.name
-        return parts
+                _check_claim(site, claims.get(site, {}), method.name, part)
+                claims.setdefault(site, {})[method.name] = part
+        return {site: Together(own) if len(own) > 1 else next(iter(own.values())) for site, own in claims.items()}
 
     def parameter_count(self, sites: Sites) -> int:
         """The members' counts added."""
@@ -85,3 +88,10 @@ class Union:
         """The union of the members' inference forms."""
         members: list[Any] = [getattr(method, "folded", lambda method=method: method)() for method in self.methods]
         return Union(tuple(members))
+
+
+def _check_claim(site: Site, present: dict[str, nn.Module], name: str, part: nn.Module) -> None:
+    for other, known in present.items():
+        alone = isinstance(site, EmbedsSite) or getattr(known, "exclusive", False) or getattr(part, "exclusive", False)
+        if alone or other == name:
+            raise UserError(f"{other} and {name} both claim {site.key}; give them different layers, or leave one out")
