@@ -29,11 +29,15 @@ METHODS = {
     "pfeiffer": "pfeiffer[size=4]",
     "parallel": "parallel[size=4,learn_scale=true]",
     "adamix": "adamix[size=4,mix=both]",
+    "prefix": "prefix[length=4,hidden=8]",
+    "p-tuning-v2": "p-tuning-v2[length=4,dropout=0]",
+    "llama-adapter": "llama-adapter[length=4]",
+    "llama-adapter-v2": "llama-adapter-v2[length=4]",
 }
 """Strings to test a method with where its defaults are too large for a tiny model."""
 ALWAYS = ("prompt", "lora", "houlsby", "prefix")
 SHORT = ("llama", "gpt2", "bert", "t5")
-EXACT_START = ("lora", "head", "ia3", "bitfit", "layernorm", "parallel")
+EXACT_START = ("lora", "head", "ia3", "bitfit", "layernorm", "parallel", "llama-adapter", "llama-adapter-v2")
 """Methods whose paper starts exactly at the base model."""
 IDLE = dict.fromkeys(
     ("clip", "clip_vision_model"), ("norm_post_layernorm.copy.weight", "norm_post_layernorm.copy.bias")
@@ -45,6 +49,9 @@ VARIANTS = {
     "lora[r=2,dora=true]": SHORT,
     "lora[r=2,init=pissa,lr_ratio=4]": SHORT,
     "ia3[targets=q,o,down]": SHORT,
+    "prefix[length=4,form=flat]": SHORT,
+    "p-tuning-v2[length=4,dropout=0,network=true,hidden=8]": ("bert", "roberta", "gpt2"),
+    "llama-adapter[length=4,gates=layer,tanh=false,layers=-2:]": SHORT,
 }
 """Forms of a method that its defaults do not show."""
 UNIONS = (
@@ -52,6 +59,8 @@ UNIONS = (
     "lora[r=2,layers=0:1]|prompt[length=3]",
     "pfeiffer[size=4]|parallel[size=4]",
     "ia3|lora[r=2,targets=v,down]|bitfit",
+    "parallel[size=4]|prefix[length=3,hidden=8]",
+    "prefix[length=3,hidden=8]|prompt[length=2]|llama-adapter[length=3]",
 )
 
 

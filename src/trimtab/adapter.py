@@ -7,6 +7,7 @@ the forward pass are hooks and the registered attention function, and detaching 
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trimtab.arch import FAMILIES, supports
-from trimtab.attention import AttentionSetting, RefuseOtherAttention, install_kv
-from trimtab.contract import Context, Method, folded, members
+from trimtab.attention import AttentionSetting, RefuseOtherAttention, install_kv, puts_in_front
+from trimtab.contract import Context, Method, Parts, folded, members
 from trimtab.copies import ModuleCopy
 from trimtab.errors import UserError
 from trimtab.hooks import (
@@ -35,8 +36,10 @@ from trimtab.hooks import (
 from trimtab.labels import LabelSetting
 from trimtab.methods import METHODS
 from trimtab.methods.spec import parse_method
+from trimtab.positions import PositionsFromMask, takes_positions
+from trimtab.real_text import keys_and_values
 from trimtab.sites import ActivationSite, EmbedsSite, HeadSite, KVSite, LinearSite, NormSite, Site, Sites
-from trimtab.virtual import PositionsFromMask, install_embeds, takes_positions
+from trimtab.virtual import install_embeds
 
 INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
     LinearSite: install_linear,
@@ -194,9 +197,10 @@ class Entry(nn.Module):
         self.handles: list[Any] = []
         whole = getattr(method, "whole_model", False)
         self.cuts = [] if whole else list(_cuts(self.sites, attachments.sites))
-        self.uses_attention = any(
-            isinstance(site, KVSite) or (isinstance(site, EmbedsSite) and site.insert == "shared") for site in parts
-        )
+        virtual = any(isinstance(site, EmbedsSite) and site.insert == "shared" for site in parts)
+        own = [part for site, part in parts.items() if isinstance(site, KVSite)]
+        self.uses_attention = virtual or bool(own)
+        self.needs_front = virtual or any(puts_in_front(part) for one in own for part in members(one))
 
     def install(self) -> None:
         """Put the hooks in place."""
@@ -272,7 +276,7 @@ class Attachments(nn.Module):
         entry: Any = None if name is None else self.entries[name]
         if entry is not None:
             entry.switch.on = True
-        self.attention.set(entry is not None and entry.uses_attention)
+        self.attention.set(entry is not None and entry.uses_attention, entry is None or entry.needs_front)
         self.labels.set(self.labels.own if entry is None else entry.labels)
 
     def restore(self) -> None:
@@ -309,7 +313,7 @@ def attach(
         _check_pair(attachments, chosen, name)
         if getattr(chosen, "whole_model", False):
             return _attach_whole(model, attachments, chosen, name)
-        parts = dict(chosen.build(attachments.sites, Context(tokenizer, labels)))
+        parts = dict(_build(attachments, chosen, tokenizer, labels))
         if not getattr(chosen, "own_head", False):
             parts |= {site: ModuleCopy.of(site) for site in attachments.sites.task_head if site not in parts}
         attachments.add(Entry(name, chosen, parts, attachments).train(model.training))
@@ -353,6 +357,17 @@ def check_tensors(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
     ]
     if faults:
         raise UserError("the tensors do not fit the adapter: " + "; ".join(faults))
+
+
+def _build(attachments: Attachments, method: Method, tokenizer: Any, labels: Sequence[str]) -> Parts:
+    """The method's parts; what it asks of the base comes from the frozen base, whatever acts at present."""
+    record = functools.partial(keys_and_values, attachments.sites, attachments.attention)
+    before = attachments.active
+    attachments.use(None)
+    try:
+        return method.build(attachments.sites, Context(tokenizer, labels, record))
+    finally:
+        attachments.use(before)
 
 
 def _check_model(model: Any, name: str) -> None:
@@ -401,8 +416,11 @@ def _placed(site: Site, part: nn.Module) -> nn.Module:
 
 
 def _order(site: Site) -> int:
-    """A change of a projection comes before what acts on the branch's output, which may be that projection's."""
-    return 1 if isinstance(site, ActivationSite) else 0
+    """A change of a projection comes before what acts on the branch's output, which may be that projection's.
+
+    A prefix moves the positions of all that stands behind it, virtual tokens included.
+    """
+    return 1 if isinstance(site, ActivationSite | KVSite) else 0
 
 
 def _cuts(claimed: Sequence[Site], sites: Sites) -> Iterator[tuple[nn.Module, bool]]:

@@ -68,6 +68,8 @@ class Stack:
     positions: str = "rotary"
     """"rotary" (relative: virtual tokens sit at -P…-1), "learned" (text is shifted by P), "padded" (learned, and
     numbered from the padding index as RoBERTa does) or "implicit" (the model counts positions by itself)."""
+    shift: bool = False
+    """Whether a prefix of P keys moves the text's learned positions up by P, as the papers' code does."""
     cross: str | None = None
     """Path of the cross-attention module inside a layer."""
     cross_linears: Mapping[str, str] = field(default_factory=dict)
@@ -169,6 +171,7 @@ _GPT2 = Stack(
     embeds="wte",
     insert="shared",
     positions="learned",
+    shift=True,
 )
 _NEOX = Stack(
     layers="layers",
@@ -200,6 +203,7 @@ _OPT = Stack(
     embeds="embed_tokens",
     insert="shared",
     positions="learned",
+    shift=True,
 )
 _BLOOM = Stack(
     layers="h",
@@ -240,6 +244,7 @@ def _bert(positions: str = "implicit") -> Stack:
         embeds="embeddings.word_embeddings",
         insert="tokens",
         positions=positions,
+        shift=True,
         head_dim="attention_head_size",
     )
 
@@ -255,6 +260,7 @@ _DISTILBERT = Stack(
     embeds="embeddings.word_embeddings",
     insert="tokens",
     positions="implicit",
+    shift=True,
     head_dim="attention_head_size",
 )
 _MODERNBERT = Stack(

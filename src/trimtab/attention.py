@@ -2,14 +2,15 @@
 
 transformers hands every attention-interface model's q, k, v (after rotary positions, after the cache was updated) to a
 registered function. Ours puts prefix keys and values in front, delegates to the implementation that the model had, and
-adds gated context to what comes back. The text's mask is always made in full, because a mask that was skipped as
-"plain causal" would crop the keys to the query's length once a prefix stands in front of them.
+adds gated context to what comes back. Where there is a prefix the text's mask is always made in full, because a mask
+that was skipped as "plain causal" would crop the keys to the query's length once a prefix stands in front of them. Where
+context is only added the mask is what it was, so that a zero gate leaves every bit of the output alone.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,14 +18,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimtab.errors import UserError
 from trimtab.hooks import Switch
+from trimtab.positions import ShiftPositions
 from trimtab.sites import KVSite, Module
 
 NAME = "trimtab"  # names that contain "sdpa" or "flash" are treated specially by transformers
+BESIDE = {"sdpa": "trimtab_beside", "eager": "trimtab_beside_additive"}
+"""What the function is called where no prefix stands in front, by the implementation that the model had."""
 _SLOT = "trimtab_slot"
 
 Recorded = tuple[torch.Tensor, torch.Tensor]  # keys, values [1, kv_heads, P, head_dim]
@@ -33,9 +37,9 @@ Recorded = tuple[torch.Tensor, torch.Tensor]  # keys, values [1, kv_heads, P, he
 class Source:
     """Where one adapter's prefix or context at one attention comes from."""
 
-    def __init__(self, part: Any, switch: Switch, follows_window: bool = False):
+    def __init__(self, part: Any, switch: Switch, virtual: bool = False):
         self.part, self.switch = part, switch
-        self.follows_window = follows_window
+        self.virtual = virtual
         """Virtual tokens fall out of a sliding window as ordinary tokens would; prefixes are always visible."""
 
 
@@ -66,7 +70,7 @@ class AttentionSetting:
         configs = {id(module.config): module.config for module in self.modules}
         self.previous = [(config, config._attn_implementation) for config in configs.values()]
         self.users = 0
-        self.on = False
+        self.on = self.front = False
 
     def acquire(self) -> None:
         """Make room at every attention module; the first user creates the slots."""
@@ -90,11 +94,31 @@ class AttentionSetting:
             for module in self.modules:
                 delattr(module, _SLOT)
 
-    def set(self, on: bool) -> None:
-        """Use the registered function, or what the model had."""
-        self.on = on
+    @contextmanager
+    def recording(self, sites: Sequence[KVSite]) -> Iterator[dict[KVSite, Recorded]]:
+        """Inside, every attention writes down the keys and values that it computes; the last ones of each stay."""
+        self.acquire()
+        before = self.on, self.front
+        found: dict[KVSite, Recorded] = {}
+        records: dict[KVSite, list[Recorded]] = {site: [] for site in sites}
+        try:
+            self.set(True)
+            for site, record in records.items():
+                slot_of(site.module).recorder = record
+            yield found
+            found.update({site: record[-1] for site, record in records.items() if record})
+        finally:
+            for site in sites:
+                slot_of(site.module).recorder = None
+            self.set(*before)
+            self.release()
+
+    def set(self, on: bool, front: bool = True) -> None:
+        """Use the registered function, with room for a prefix in `front` or without, or use what the model had."""
+        self.on, self.front = on, front
         for config, previous in self.previous:
-            config._attn_implementation = NAME if on else previous
+            ours = NAME if front else BESIDE.get(previous, NAME)
+            config._attn_implementation = ours if on else previous
 
 
 class RefuseOtherAttention:
@@ -105,7 +129,7 @@ class RefuseOtherAttention:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for config, _ in self.setting.previous:
-            if self.setting.on and config._attn_implementation != NAME:
+            if self.setting.on and config._attn_implementation not in (NAME, *BESIDE.values()):
                 raise UserError(
                     f"the attention was set to {config._attn_implementation!r} after an adapter was attached that acts "
                     "through it; choose the attention first, then attach"
@@ -128,16 +152,37 @@ def slot_of(module: nn.Module) -> Slot:
     return getattr(module, _SLOT)
 
 
-def install_kv(site: KVSite, part: Any, switch: Switch, follows_window: bool = False) -> list[Any]:
-    """Give an attention a source of prefix keys and values, or of context."""
-    source = Source(part, switch, follows_window)
+def install_kv(site: KVSite, part: Any, switch: Switch, virtual: bool = False) -> list[Any]:
+    """Give an attention a source of prefix keys and values, or of context; `virtual` tokens are ordinary tokens."""
+    source = Source(part, switch, virtual)
     slot_of(site.module).sources.append(source)
-    return [KVHandle(site.module, source)]
+    handles: list[Any] = [KVHandle(site.module, source)]
+    if hasattr(part, "prepare"):
+        handles.append(site.body.register_forward_pre_hook(Prepare(part, switch)))
+    moved: int | None = getattr(part, "shift", None)
+    if site.shift and moved:
+        hook = ShiftPositions(moved, site.positions, switch)
+        handles.append(site.body.register_forward_pre_hook(hook, with_kwargs=True))
+    return handles
+
+
+class Prepare:
+    """Has a part make ready what its attentions share, once a forward of the stack."""
+
+    def __init__(self, part: Any, switch: Switch):
+        self.part, self.switch = part, switch
+
+    def __call__(self, body: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.switch.on:
+            self.part.prepare()
 
 
 @contextmanager
 def recording(modules: Iterable[nn.Module]) -> Iterator[list[Recorded]]:
-    """Inside, the keys and values of each attention are written down in call order; no prefix is put in front."""
+    """Inside, the keys and values of each attention are written down in call order, before any prefix.
+
+    No virtual tokens are put in front: it is they, or a real text, that are being run.
+    """
     record: list[Recorded] = []
     slots = [slot_of(module) for module in modules]
     for slot in slots:
@@ -165,9 +210,10 @@ def attention(
     slot = slot_of(module)
     if slot.recorder is not None:
         slot.recorder.append((key, value))
-        return _call(slot, module, query, key, value, attention_mask, kwargs)
     bias = kwargs.get("position_bias")
     for source in slot.active("prefix"):
+        if source.virtual and slot.recorder is not None:
+            continue
         k, v = source.part.prefix()
         visible = _visible(source, query, k.shape[-2], kwargs)
         attention_mask = _extend(attention_mask, visible, k.shape[-2])
@@ -179,6 +225,11 @@ def attention(
     for source in slot.active("context"):
         context = context + source.part.context(query, kwargs.get("scaling"))
     return context, weights
+
+
+def puts_in_front(part: Any) -> bool:
+    """Whether a part at an attention puts keys in front of the text's."""
+    return hasattr(part, "prefix")
 
 
 def full_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -195,22 +246,27 @@ def _call(
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, Any]:
-    if mask is None:
+    if mask is None and _ours(module) == NAME:
         kwargs = {**kwargs, "is_causal": False}
-    elif slot.previous == "eager" and mask.dtype == torch.bool:
+    elif mask is not None and slot.previous == "eager" and mask.dtype == torch.bool:
         mask = torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
     return slot.delegate(module)(module, query, key, value, mask, **kwargs)
 
 
+def _ours(module: Module) -> str:
+    """The name under which the registered function was called."""
+    return module.config._attn_implementation
+
+
 def _front(prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """[kv_heads, P, head_dim] or [B or 1, kv_heads, P, head_dim] in front of [B, kv_heads, m, head_dim]"""
-    return torch.cat([prefix.to(text.dtype).expand(text.shape[0], -1, -1, -1), text], dim=-2)
+    return torch.cat([prefix.to(text).expand(text.shape[0], -1, -1, -1), text], dim=-2)
 
 
 def _visible(source: Source, query: torch.Tensor, length: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Which of P virtual tokens each query sees [B or 1, 1, n, P]; None where all do."""
     window = kwargs.get("sliding_window")
-    if not source.follows_window or window is None:
+    if not source.virtual or window is None:
         return None
     positions = kwargs["position_ids"]  # [B or 1, n]
     steps_back = length - torch.arange(length, device=query.device)  # virtual token j stands at position j - P
@@ -233,3 +289,7 @@ def _extend(mask: torch.Tensor | None, visible: torch.Tensor | None, length: int
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, full_mask)
+_MASKS: dict[str, Any] = {"sdpa": sdpa_mask, "eager": eager_mask}
+for _previous, _name in BESIDE.items():
+    AttentionInterface.register(_name, attention)
+    AttentionMaskInterface.register(_name, _MASKS[_previous])

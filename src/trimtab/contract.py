@@ -8,7 +8,9 @@ trained tensors there. What the frame calls on a part depends on the site's kind
     activation   forward(output, input=…, stream=…) -> output'; `reads` names what it wants of input and stream
     norm     forward(x, y) -> y'                           write_into(module), if the method merges
     kv       prefix() -> keys, values [kv_heads, P, head_dim], put in front of the text's, or
-             context(query [B, heads, n, head_dim], scaling) -> [B, n, heads, head_dim], added to the attention's output
+             context(query [B, heads, n, head_dim], scaling) -> [B, n, heads, head_dim], added to what attention gives;
+             a part with prepare() has it called once a forward of the stack, one with `shift` = P moves the text's
+             positions up by P where the family does so (one part a stack has it)
     embeds   forward() -> virtual tokens [P, width]
     head     forward(hidden) -> logits, in place of the base's head
 
@@ -16,19 +18,21 @@ Optional: a part may have `fold() -> part`, its inference form, and the method t
 describes it; a part with `lr_scales() -> {name: factor}` trains those tensors at a multiple of the learning rate; a
 method whose start needs text has `for_loading() -> method` with the same shapes and without that need; one with
 `consistency` > 0 is trained on two forwards a batch (consistency.py); `whole_model = True` marks full fine-tuning;
+`moves_text = True` one whose prefix takes positions of the text where the family counts learned ones;
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
 the place of what the base has there, so that no other part may act at its site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import nn
 
-from trimtab.sites import Site, Sites
+from trimtab.sites import KVSite, Site, Sites
 
 Parts: TypeAlias = "Mapping[Site, nn.Module]"
 
@@ -63,6 +67,8 @@ class Context:
     """The base model's tokenizer, for methods that start from text."""
     labels: Sequence[str] = ()
     """The task's label words, for methods that start from them."""
+    record: Callable[[Sequence[int]], Mapping[KVSite, tuple[torch.Tensor, torch.Tensor]]] = lambda ids: {}
+    """Keys and values [kv_heads, P, head_dim] that the frozen base gives P token ids, by kv site."""
 
     def token_ids(self, text: str, wanted_by: str) -> list[int]:
         """Token ids of `text` without special tokens. Raises UserError where there is no tokenizer or no token."""

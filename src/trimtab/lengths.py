@@ -30,12 +30,19 @@ def _padded(config: Any) -> bool:
 
 
 def virtual_tokens(method: Any, config: Any) -> int:
-    """The positions that a method's virtual tokens take in front of a text; none without a method."""
+    """The positions that a method's virtual tokens or prefix take in front of a text; none without a method."""
     family = FAMILIES.get(config.model_type)
     if family is None or not any(stack.insert in ("shared", "tokens") for stack in family.stacks):
         return 0
     members = getattr(method, "methods", (method,) if method else ())
-    return sum(getattr(member, "length", 0) for member in members if "embeds" in member.kinds)
+    shifts = any(stack.shift for stack in family.stacks)
+    taking = [member for member in members if "embeds" in member.kinds or (shifts and _shifts(member))]
+    return sum(member.length for member in taking)
+
+
+def _shifts(method: Any) -> bool:
+    """Whether a method's prefix moves the text's positions up where the family does so."""
+    return bool(getattr(method, "moves_text", False))
 
 
 def room(method: Any, config: Any) -> int | None:

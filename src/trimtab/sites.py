@@ -120,6 +120,12 @@ class KVSite:
     head_dim: int
     k: LinearSite
     v: LinearSite
+    body: Module
+    """The module that runs the stack: what has to be ready before a forward is made ready in front of it."""
+    positions: str
+    """How the stack counts positions (arch.Stack)."""
+    shift: bool
+    """Whether a prefix moves the text's positions up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,13 +215,16 @@ class Sites:
             layers = tuple(_module(root, stack.layers, model).children())
             self.layer_modules[stack.name] = layers
             stack_linear = [site for i, layer in enumerate(layers) for site in _linears(stack, i, layer, names)]
-            stack_kv = [site for i, layer in enumerate(layers) for site in _kvs(stack, i, layer, names, stack_linear)]
+            body = _module(root, stack.body, model)
+            stack_kv = [
+                site for i, layer in enumerate(layers) for site in _kvs(stack, i, layer, names, stack_linear, body)
+            ]
             linear += stack_linear
             kv += stack_kv
             for i, layer in enumerate(layers):
                 activation += _activations(stack, i, layer, names)
             if stack.insert:
-                embeds.append(_embeds(stack, root, layers, stack_linear, stack_kv, model))
+                embeds.append(_embeds(stack, root, layers, stack_linear, stack_kv, body, model))
         self.pooler = _pooler(self.family, root, len(self.layer_modules[self.family.stacks[0].name]), names)
         self.linear = tuple(linear)
         self.activation = tuple(activation)
@@ -246,6 +255,14 @@ class Sites:
                 raise unknown(f"the branch of {self.family.name}", branch, sorted(known))
         chosen = self._chosen(layers)
         return [site for site in self.activation if site.branch in branches and site.layer in chosen[site.stack]]
+
+    def kvs(self, layers: str | None) -> list[KVSite]:
+        """The attentions in these layers of every stack, cross-attention included.
+
+        Raises UserError for layers out of range.
+        """
+        chosen = self._chosen(layers)
+        return [site for site in self.kv if site.layer in chosen[site.stack]]
 
     def _chosen(self, layers: str | None) -> dict[str, set[int]]:
         return {name: set(select_layers(layers, len(found))) for name, found in self.layer_modules.items()}
@@ -414,7 +431,7 @@ def _norms(
 
 
 def _kvs(
-    stack: Stack, index: int, layer: nn.Module, names: dict[int, str], linears: list[LinearSite]
+    stack: Stack, index: int, layer: nn.Module, names: dict[int, str], linears: list[LinearSite], body: Module
 ) -> Iterator[KVSite]:
     for cross, path in ((False, stack.attention), (True, stack.cross)):
         if path is None:
@@ -435,6 +452,9 @@ def _kvs(
             head_dim=head_dim,
             k=own["k"],
             v=own["v"],
+            body=body,
+            positions=stack.positions,
+            shift=stack.shift,
         )
 
 
@@ -444,9 +464,9 @@ def _embeds(
     layers: tuple[nn.Module, ...],
     linears: list[LinearSite],
     kvs: list[KVSite],
+    body: Module,
     model: PreTrainedModel,
 ) -> EmbedsSite:
-    body = _module(root, stack.body, model)
     embedding: Module = None if stack.embeds is None else _module(body, stack.embeds, model)
     states_width = next(site.out_features for site in linears if site.role == "o")
     return EmbedsSite(

@@ -11,7 +11,6 @@ Three ways, chosen by the family (arch.Stack.insert):
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import nn
 from trimtab.attention import Recorded, install_kv, recording
 from trimtab.errors import UserError
 from trimtab.hooks import Switch, named_arguments
+from trimtab.positions import padded_positions, positions, seen
 from trimtab.sites import EmbedsSite, Module
 
 
@@ -39,7 +39,7 @@ def _install_shared(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[A
     shared = SharedTokens(site, part, switch)
     handles = [site.body.register_forward_pre_hook(shared, with_kwargs=True)]
     for attention in site.attentions:
-        handles += install_kv(attention, RecordedPrefix(shared, attention.layer), switch, follows_window=True)
+        handles += install_kv(attention, RecordedPrefix(shared, attention.layer), switch, virtual=True)
     return handles
 
 
@@ -82,23 +82,23 @@ class SharedTokens:
             self.record = self._run(body)
             self.cache = None if past is None or torch.is_grad_enabled() else weakref.ref(past)
         if self.site.positions == "learned":
-            kwargs["position_ids"] = _positions(kwargs) + self.part().shape[0]
+            kwargs["position_ids"] = positions(kwargs) + self.part().shape[0]
         return (), kwargs
 
     def _continues(self, past: Any) -> bool:
         """Whether this call goes on with a generation whose first step made the record."""
         known = None if self.cache is None else self.cache()
-        return known is not None and known is past and not torch.is_grad_enabled() and _seen(past) > 0
+        return known is not None and known is past and not torch.is_grad_enabled() and seen(past) > 0
 
     def _run(self, body: Module) -> list[Recorded]:
         tokens = self.part()
         weight = self.site.embedding.weight
         start = -tokens.shape[0] if self.site.positions == "rotary" else 0
-        positions = torch.arange(start, start + tokens.shape[0], device=tokens.device)
+        places = torch.arange(start, start + tokens.shape[0], device=tokens.device)
         self.running = True
         try:
             with recording(site.module for site in self.site.attentions) as record, _no_checkpointing(self.site.layers):
-                body(inputs_embeds=tokens[None].to(weight.dtype), position_ids=positions[None], use_cache=False)
+                body(inputs_embeds=tokens[None].to(weight.dtype), position_ids=places[None], use_cache=False)
         finally:
             self.running = False
         return record
@@ -135,7 +135,7 @@ class FrontTokens:
             raise UserError(
                 "a static cache has no room for virtual tokens in this model; generate with the dynamic cache"
             )
-        if past is None or _seen(past) == 0:
+        if past is None or seen(past) == 0:
             self.length = tokens.shape[0]
             self._insert(body, tokens, kwargs)
         elif kwargs.get("position_ids") is not None:
@@ -143,6 +143,7 @@ class FrontTokens:
         return (), kwargs
 
     def _insert(self, body: Module, tokens: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        text = dict(kwargs)
         ids, embeds = kwargs.pop("input_ids", None), kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = self.site.embedding(ids)
@@ -154,16 +155,7 @@ class FrontTokens:
             front = torch.arange(length, device=embeds.device).expand(batch, -1)
             kwargs["position_ids"] = torch.cat([front, kwargs["position_ids"].expand(batch, -1) + length], dim=1)
         elif self.site.positions == "padded":
-            kwargs["position_ids"] = self._padded_positions(body, ids, kwargs)
-
-    def _padded_positions(self, body: Module, ids: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-        """RoBERTa's numbering: padding gets the padding index, the rest counts on from it."""
-        padding: int = body.config.pad_token_id
-        embeds = kwargs["inputs_embeds"]
-        visible = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        if ids is not None:
-            visible[:, embeds.shape[1] - ids.shape[1] :] = (ids != padding).long()
-        return visible.cumsum(1) * visible + padding
+            kwargs["position_ids"] = padded_positions(body, text, front=length)
 
 
 class FrontStates:
@@ -220,20 +212,6 @@ def _widen_mask(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
     return nn.functional.pad(mask, (length, 0), value=1)
 
 
-def _positions(kwargs: dict[str, Any]) -> torch.Tensor:
-    """The call's position ids [B or 1, n], counted on from the cache where they are not given."""
-    if kwargs.get("position_ids") is not None:
-        return kwargs["position_ids"]
-    given = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    past = kwargs.get("past_key_values")
-    start = 0 if past is None else _seen(past)
-    return (torch.arange(given.shape[1], device=given.device) + start)[None]
-
-
-def _seen(past: Any) -> int:
-    return int(past.get_seq_length())
-
-
 @contextmanager
 def _no_checkpointing(layers: tuple[nn.Module, ...]) -> Iterator[None]:
     """Inside, the layers run without gradient checkpointing, which would record keys and values a second time."""
@@ -245,26 +223,3 @@ def _no_checkpointing(layers: tuple[nn.Module, ...]) -> Iterator[None]:
     finally:
         for layer, flag in zip(layers, training, strict=True):
             layer.training = flag
-
-
-class PositionsFromMask:
-    """Derives missing `position_ids` of a causal model from the padding mask, so that left padding changes nothing."""
-
-    def __init__(self, switches: list[Switch]):
-        self.switches = switches
-
-    def __call__(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not any(switch.on for switch in self.switches):
-            return None
-        named = named_arguments(body, args, kwargs)
-        mask = named.get("attention_mask")
-        if named.get("position_ids") is not None or mask is None or mask.dim() != 2:
-            return None
-        given = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return (), {**named, "position_ids": positions[:, -given.shape[1] :]}
-
-
-def takes_positions(body: Module) -> bool:
-    """Whether the module's forward has `position_ids`."""
-    return "position_ids" in inspect.signature(body.forward).parameters

@@ -12,9 +12,13 @@ from trimtab.methods.head import Head
 from trimtab.methods.houlsby import Houlsby
 from trimtab.methods.ia3 import IA3
 from trimtab.methods.layernorm import LayerNorm
+from trimtab.methods.llama_adapter import LlamaAdapter
+from trimtab.methods.llama_adapter_v2 import LlamaAdapterV2
 from trimtab.methods.lora import LoRA
+from trimtab.methods.p_tuning_v2 import PTuningV2
 from trimtab.methods.parallel import Parallel
 from trimtab.methods.pfeiffer import Pfeiffer
+from trimtab.methods.prefix import Prefix
 from trimtab.methods.prompt import Prompt
 from trimtab.methods.union import Union
 

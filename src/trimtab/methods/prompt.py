@@ -16,10 +16,8 @@ from torch import nn
 
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError
+from trimtab.methods.starts import fitted, sampled
 from trimtab.sites import EmbedsSite, Module, Sites
-
-COMMON_TOKENS = 5000
-"""The paper samples from the 5,000 most common tokens; vocabularies are listed roughly by frequency."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +65,19 @@ class Prompt:
                 raise UserError("prompt: this model reads no text, so its virtual tokens cannot start from words")
             return torch.randn(self.length, site.width) * 0.02
         if self.text is not None:
-            return _embed(site.embedding, self._fit(context.token_ids(self.text, "prompt[text=…]")))
+            return _embed(site.embedding, fitted(context.token_ids(self.text, "prompt[text=…]"), self.length))
         if self.init == "labels":
             return self._from_labels(site.embedding, context)
-        sampled = _embed(site.embedding, _sample(site.embedding, self.length))
-        return torch.randn_like(sampled) * sampled.std() if self.init == "random" else sampled
-
-    def _fit(self, ids: list[int]) -> list[int]:
-        return (ids * (self.length // len(ids) + 1))[: self.length]
+        start = _embed(site.embedding, sampled(site.embedding.weight.shape[0], self.length))
+        return torch.randn_like(start) * start.std() if self.init == "random" else start
 
     def _from_labels(self, embedding: Module, context: Context) -> torch.Tensor:
         """A row a label word (the mean over its tokens), the rest sampled from the vocabulary."""
         if not context.labels:
             raise UserError("prompt: init=labels needs the task's labels: attach(model, method, labels=[…])")
         words = [_embed(embedding, context.token_ids(word, "prompt[init=labels]")).mean(0) for word in context.labels]
-        sampled = _embed(embedding, _sample(embedding, self.length))
-        return torch.cat([torch.stack(words), sampled])[: self.length]
+        rest = _embed(embedding, sampled(embedding.weight.shape[0], self.length))
+        return torch.cat([torch.stack(words), rest])[: self.length]
 
 
 class VirtualTokens(nn.Module):
@@ -101,8 +96,3 @@ class VirtualTokens(nn.Module):
 def _embed(embedding: Module, ids: list[int]) -> torch.Tensor:
     """What the model's own embedding module gives for `ids` [len(ids), width] (some families scale inside it)."""
     return embedding(torch.tensor(ids, device=embedding.weight.device)).detach().float().clone()
-
-
-def _sample(embedding: Module, count: int) -> list[int]:
-    vocabulary = min(COMMON_TOKENS, embedding.weight.shape[0])
-    return torch.randint(vocabulary, (count,)).tolist()

@@ -1,0 +1,46 @@
+"""The keys and values that the frozen base gives a real text: where prefixes start. Knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from trimtab.attention import AttentionSetting, Recorded
+from trimtab.sites import EmbedsSite, KVSite, Sites
+
+
+@torch.no_grad()
+def keys_and_values(sites: Sites, setting: AttentionSetting, ids: Sequence[int]) -> dict[KVSite, Recorded]:
+    """keys, values [kv_heads, P, head_dim] of P token ids at every attention; none in a model that reads no text.
+
+    In rotary models the text stands at the positions -P…-1, in front of whatever follows it. The decoder of an
+    encoder-decoder reads the ids as well, and attends to what the encoder makes of them.
+    """
+    reading = next((site for site in sites.embeds if site.embedding is not None), None)
+    if reading is None:
+        return {}
+    tokens = torch.tensor([list(ids)], device=reading.embedding.weight.device)
+    modes = [(module, module.training) for module in reading.body.modules()]
+    with setting.recording(sites.kv) as found:
+        try:
+            for module, _ in modes:
+                module.training = False
+            _run(reading, tokens)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    return {site: (keys[0], values[0]) for site, (keys, values) in found.items()}
+
+
+def _run(site: EmbedsSite, tokens: torch.Tensor) -> None:
+    length = tokens.shape[1]
+    if site.attentions[0].causal:
+        start = -length if site.positions == "rotary" else 0
+        places = torch.arange(start, start + length, device=tokens.device)[None]
+        site.body(input_ids=tokens, position_ids=places, use_cache=False)
+        return
+    states = site.body(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
+    if isinstance(site.reader, nn.Module):
+        site.reader(input_ids=tokens, encoder_hidden_states=states, use_cache=False)
