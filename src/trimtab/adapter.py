@@ -90,10 +90,13 @@ class Adapter:
 
     def lr_scales(self) -> dict[nn.Parameter, float]:
         """The trained tensors that learn at a multiple of the learning rate, with the factor."""
-        every = (part for parts in self._entry.parts.values() for part in members(parts))
-        parts: list[Any] = [part for part in every if hasattr(part, "lr_scales")]
+        parts: list[Any] = [part for part in self._entry.members() if hasattr(part, "lr_scales")]
         scales = [(part.get_parameter(name), factor) for part in parts for name, factor in part.lr_scales().items()]
         return {weight: factor for weight, factor in scales if factor != 1.0}
+
+    def searching(self) -> list[Any]:
+        """The parts that improve by search instead of by an optimizer; a loop calls `search` on each (contract.py)."""
+        return [part for part in self._entry.members() if hasattr(part, "search")]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors (not folded), detached, by name."""
@@ -128,8 +131,8 @@ class Adapter:
         if not any(hasattr(part, "fold") for part in entry.parts.values()):
             return
         entry.uninstall()
+        entry.method = folded_method(entry)
         entry.parts = folded_parts(entry.parts).train(entry.training)
-        entry.method = getattr(entry.method, "folded", lambda: entry.method)()
         entry.install()
 
     def merge(self) -> PreTrainedModel:
@@ -201,6 +204,10 @@ class Entry(nn.Module):
         own = [part for site, part in parts.items() if isinstance(site, KVSite)]
         self.uses_attention = virtual or bool(own)
         self.needs_front = virtual or any(puts_in_front(part) for one in own for part in members(one))
+
+    def members(self) -> Iterator[Any]:
+        """The parts of single methods at all sites."""
+        return (part for parts in self.parts.values() for part in members(parts))
 
     def install(self) -> None:
         """Put the hooks in place."""
@@ -344,6 +351,12 @@ def supported(kinds: frozenset[str]) -> list[str]:
 def folded_parts(parts: nn.ModuleDict) -> nn.ModuleDict:
     """The parts in their inference form; a part that has none stays what it is."""
     return nn.ModuleDict({key: folded(part) for key, part in parts.items()})
+
+
+def folded_method(entry: Entry) -> Method:
+    """The method that describes the parts in their inference form, with what a search has found."""
+    method: Any = getattr(entry.method, "folded", lambda: entry.method)()
+    return method.found(list(entry.members())) if hasattr(method, "found") else method
 
 
 def check_tensors(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:

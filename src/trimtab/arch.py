@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from trimtab.errors import UserError, unknown
 
-KINDS = ("linear", "activation", "norm", "kv", "embeds", "states", "head")
+KINDS = ("linear", "activation", "norm", "kv", "embeds", "vocabulary", "states", "head")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Family:
         present = {
             "kv": self.interface,
             "embeds": any(stack.insert for stack in self.stacks),
+            "vocabulary": any(stack.insert and stack.embeds for stack in self.stacks),
             "head": self.head,
         }
         return frozenset(kind for kind in KINDS if present.get(kind, True))

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab.adapter import Adapter, attach, folded_parts
+from trimtab.adapter import Adapter, attach, folded_method, folded_parts
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict, method_to_dict
 from trimtab.sites import HeadSite
@@ -124,7 +124,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
     """
     entry = adapter._entry
     folder.mkdir(parents=True, exist_ok=True)
-    method = getattr(entry.method, "folded", lambda: entry.method)()
+    method = folded_method(entry)
     config = {
         "format": FORMAT,
         "trimtab": version("trimtab"),

@@ -11,7 +11,8 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              context(query [B, heads, n, head_dim], scaling) -> [B, n, heads, head_dim], added to what attention gives;
              a part with prepare() has it called once a forward of the stack, one with `shift` = P moves the text's
              positions up by P where the family does so (one part a stack has it)
-    embeds   forward() -> virtual tokens [P, width]
+    embeds   forward() -> virtual tokens [P, width]; `behind` = n puts them behind the text's first n tokens, in models
+             where they are inserted
     head     forward(hidden) -> logits, in place of the base's head
 
 Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
@@ -19,6 +20,9 @@ describes it; a part with `lr_scales() -> {name: factor}` trains those tensors a
 method whose start needs text has `for_loading() -> method` with the same shapes and without that need; one with
 `consistency` > 0 is trained on two forwards a batch (consistency.py); `whole_model = True` marks full fine-tuning;
 `moves_text = True` one whose prefix takes positions of the text where the family counts learned ones;
+a part that improves by search instead of by an optimizer has `search(loss, step)`, called once an optimizer step with
+what measures the loss of the step's batches, and `gradient`, what backward passes have left for it since (or None), and
+its method then has `found(parts) -> method`, the method with what the parts found; `finding` is that in a sentence;
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
 the place of what the base has there, so that no other part may act at its site.
 """

@@ -3,7 +3,8 @@ attached model; refuses to know where models, data and settings come from (train
 
 What differs from the plain Trainer: the vocabulary is projected where a label is and nowhere else, batches may follow a
 token budget, the optimizer and the checkpoints hold the adapter's tensors only, every step is logged, and a non-finite
-number stops the run. The losses are the plain Trainer's.
+number stops the run. Parts that improve by search take a step of it before each step of the optimizer, on the same
+batches. The losses are the plain Trainer's.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self.adapter = adapter or _only_adapter(model)
         self.batch_tokens, self.scorer = batch_tokens, scorer
-        self.meter = Meter()
+        self.meter, self.pieces = Meter(), list[tuple[dict[str, Any], Any]]()
         self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
         self.bar = StepBar(self.step_log, show)
         self.interrupt = Interrupt()
@@ -77,7 +78,8 @@ class Trainer(transformers.Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        for callback in (Guard(self.meter, self.adapter.parameters, scaled), self.step_log, self.bar, self.interrupt):
+        guard, search = Guard(self.meter, self._gradients, scaled), _Search(self._search)
+        for callback in (guard, search, self.step_log, self.bar, self.interrupt):
             self.add_callback(callback)
 
     # Training
@@ -95,6 +97,7 @@ class Trainer(transformers.Trainer):
             found = last_checkpoint(self.args.output_dir or ".")
             resume_from_checkpoint = str(found) if found else None
         self.meter.clear()
+        self._forget()
         try:
             with self.interrupt.listening():
                 result = super().train(resume_from_checkpoint, *arguments, **options)
@@ -107,6 +110,7 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; notes the loss and the tokens, of all processes together."""
         tokens = _tokens(inputs)
+        self.pieces.append((inputs, num_items_in_batch))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.world_size > 1:  # every process sees the same numbers, so that all stop where one must
             tokens = self.accelerator.reduce(tokens.to(loss.device))
@@ -114,6 +118,38 @@ class Trainer(transformers.Trainer):
         else:
             self.meter.add(loss, tokens)
         return loss
+
+    def _search(self, step: int) -> None:
+        """Let the adapter search on the batches of this optimizer step; all processes see the same losses."""
+        if parts := self.adapter.searching():
+            self.model_wrapped.eval()
+            for part in parts:
+                if self.args.world_size > 1:
+                    part.gradient = self.accelerator.reduce(part.gradient, reduction="mean")
+                part.search(self._loss_of_step, step)
+            self.model_wrapped.train()
+        self._forget()
+
+    def _loss_of_step(self) -> float:
+        """The loss of this optimizer step's batches, without dropout."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [
+                self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs), num_items_in_batch=count)
+                for inputs, count in self.pieces
+            ]
+        loss = torch.stack(losses).sum()
+        return float(self.accelerator.reduce(loss, reduction="mean") if self.args.world_size > 1 else loss)
+
+    def _forget(self) -> None:
+        """Nothing of an optimizer step is left for the next."""
+        self.pieces.clear()
+        for part in self.adapter.searching():
+            part.gradient = None
+
+    def _gradients(self) -> list[Tensor]:
+        """Those that the optimizer will use, and those that a search will."""
+        found = [weight.grad for weight in self.adapter.parameters()]
+        return [grad for grad in [*found, *(part.gradient for part in self.adapter.searching())] if grad is not None]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -306,6 +342,17 @@ class Trainer(transformers.Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+class _Search(TrainerCallback):
+    """Has the search take its step, while the gradients are those of the tensors as they are."""
+
+    def __init__(self, search: Callable[[int], None]) -> None:
+        self.search = search
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One step of the search for each of the optimizer."""
+        self.search(state.global_step)
+
+
 class _EpochSetter(TrainerCallback):
     """Tells the batches which epoch it is, through whatever wrappers the loader has by then."""
 
@@ -349,7 +396,8 @@ def _scale_rates(optimizer: torch.optim.Optimizer, scales: dict[nn.Parameter, fl
             faster = [weight for weight in group["params"] if scales.get(weight) == factor]
             group["params"] = [weight for weight in group["params"] if scales.get(weight) != factor]
             optimizer.add_param_group({**group, "params": faster, "lr": group["lr"] * factor})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    used = [group for group in optimizer.param_groups if group["params"]]
+    optimizer.param_groups[:] = used or optimizer.param_groups[:1]  # one where nothing but a search moves anything
 
 
 def _tokens(inputs: dict[str, Any]) -> Tensor:

@@ -5,7 +5,8 @@ Three ways, chosen by the family (arch.Stack.insert):
 - shared: in a causal model the virtual tokens do not depend on the text, so they are run through the base once a
   forward, and every row attends to their keys and values. Same result as concatenation, at 1/batch of its cost.
 - tokens: their embeddings are put in front of the text's and cut off again after the last layer (bidirectional models,
-  and causal ones outside the attention interface); a decoder that reads an encoder attends to them.
+  and causal ones outside the attention interface); a decoder that reads an encoder attends to them. A part with
+  `behind` = n has them stand behind the text's first n tokens.
 - states: put in front of the first layer's input, for stacks that read pictures or sound.
 """
 
@@ -120,8 +121,9 @@ class FrontTokens:
 
     def __init__(self, site: EmbedsSite, part: nn.Module, switch: Switch):
         self.site, self.part, self.switch = site, part, switch
+        self.behind: int = getattr(part, "behind", 0)
         self.length = 0
-        """How many virtual tokens stand in front in the present forward."""
+        """How many virtual tokens there are in the present forward."""
 
     def __call__(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.length = 0
@@ -148,7 +150,9 @@ class FrontTokens:
         if embeds is None:
             embeds = self.site.embedding(ids)
         batch, length = embeds.shape[0], tokens.shape[0]
-        kwargs["inputs_embeds"] = torch.cat([tokens.to(embeds.dtype).expand(batch, -1, -1), embeds], dim=1)
+        _check_unpadded(kwargs["attention_mask"], slice(length, length + self.behind))
+        virtual = tokens.to(embeds.dtype).expand(batch, -1, -1)
+        kwargs["inputs_embeds"] = torch.cat([embeds[:, : self.behind], virtual, embeds[:, self.behind :]], dim=1)
         if kwargs.get("token_type_ids") is not None:
             kwargs["token_type_ids"] = nn.functional.pad(kwargs["token_type_ids"], (length, 0))
         if kwargs.get("position_ids") is not None:
@@ -160,6 +164,8 @@ class FrontTokens:
 
 class FrontStates:
     """Puts the virtual tokens in front of the first layer's input."""
+
+    behind = 0
 
     def __init__(self, part: nn.Module, switch: Switch):
         self.part, self.switch = part, switch
@@ -185,8 +191,8 @@ class CutFront:
         if length == 0:
             return None
         if isinstance(output, tuple):
-            return (output[0][:, length:], *output[1:])
-        return output[:, length:]
+            return (_without(output[0], self.front.behind, length), *output[1:])
+        return _without(output, self.front.behind, length)
 
 
 class ReaderMask:
@@ -201,6 +207,18 @@ class ReaderMask:
         if not self.front.switch.on or mask is None or states is None or mask.shape[-1] == states.shape[1]:
             return None
         return (), {**kwargs, "encoder_attention_mask": _widen_mask(mask, states.shape[1] - mask.shape[-1])}
+
+
+def _without(states: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """[B, n, width] without the `length` positions from `start` on."""
+    rest = states[:, start + length :]
+    return torch.cat([states[:, :start], rest], dim=1) if start else rest
+
+
+def _check_unpadded(mask: torch.Tensor | None, columns: slice) -> None:
+    """Raises UserError where padding stands in these columns of the mask [B, P + n]."""
+    if mask is not None and not mask[:, columns].all():
+        raise UserError("these virtual tokens stand behind the text's first ones; pad on the right")
 
 
 def _widen_mask(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trimtab.bars import Bar, progress
@@ -104,7 +104,7 @@ class Guard(TrainerCallback):
     """Stops before a non-finite loss or gradient reaches the weights."""
 
     meter: Meter
-    parameters: Callable[[], Iterable[nn.Parameter]]
+    gradients: Callable[[], Iterable[Tensor]]
     scaled: bool = False
     """Whether a gradient scaler is at work (float16), which skips such steps by itself."""
 
@@ -118,8 +118,7 @@ class Guard(TrainerCallback):
         loss = float(self.meter.loss)
         if not math.isfinite(loss):
             self._stop(f"the loss became {loss}", args, state)
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(torch.nn.utils.get_total_norm(self.gradients()))
         if not math.isfinite(norm):
             self._stop(f"the gradient became non-finite (loss {loss:.4g})", args, state)
 

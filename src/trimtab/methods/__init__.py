@@ -6,6 +6,7 @@ from typing import Any
 
 from trimtab.contract import Method
 from trimtab.methods.adamix import AdaMix
+from trimtab.methods.autoprompt import AutoPrompt
 from trimtab.methods.bitfit import BitFit
 from trimtab.methods.full import Full
 from trimtab.methods.head import Head

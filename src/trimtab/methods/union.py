@@ -7,6 +7,7 @@ the same method twice at one site.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,12 @@ class Union:
         """The union of the members' inference forms."""
         members: list[Any] = [getattr(method, "folded", lambda method=method: method)() for method in self.methods]
         return Union(tuple(members))
+
+
+    def found(self, parts: Sequence[Any]) -> Union:
+        """The union of the members with what their parts found."""
+        members: list[Any] = list(self.methods)
+        return Union(tuple(one.found(parts) if hasattr(one, "found") else one for one in members))
 
 
 def _check_claim(site: Site, present: dict[str, nn.Module], name: str, part: nn.Module) -> None:
