@@ -164,7 +164,7 @@ def train(run_file: Path | None, assignments: list[str] | None, **flags: Any) ->
     the later one wins. A finished run's run.yaml starts the same run again.
     """
     from trimtab.config import resolve
-    from trimtab.report import read_run, result_table, size_line
+    from trimtab.report import findings, read_run, result_table, size_line
 
     settings = resolve(run_file or _begun(flags), assignments or (), flags)
     _hush_libraries()
@@ -173,8 +173,7 @@ def train(run_file: Path | None, assignments: list[str] | None, **flags: Any) ->
     fine_tune(settings)
     facts = read_run(settings.output)
     _show(result_table(facts))
-    print(size_line(facts))
-    print(settings.output)
+    print(*findings(facts), size_line(facts), settings.output, sep="\n")
 
 
 def _begun(flags: dict[str, Any]) -> Path | None:
@@ -368,7 +367,7 @@ def inspect_(
 
     Of a folder of such folders, a table.
     """
-    from trimtab.report import read_run, result_table, run_folders, runs_table, size_line, summary
+    from trimtab.report import findings, read_run, result_table, run_folders, runs_table, size_line, summary
 
     folders = run_folders(folder)
     alone = folders == [folder]
@@ -381,6 +380,8 @@ def inspect_(
         print(f"{title:7}{found[title] or '–'}")
     if found["task"]:
         print(f"task   {found['task'].get('name')}  {', '.join(found['task'].get('labels') or [])}".rstrip())
+    for sentence in findings(facts):
+        print(f"found  {sentence}")
     print(f"size   {size_line(facts)}")
     if found["after"]:  # an adapter saved from Python was not evaluated
         _show(result_table(facts))

@@ -102,7 +102,9 @@ def _stored(weights: Path) -> dict[str, Any]:
 
     try:
         with safe_open(weights, framework="np") as file:
-            count = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+            stored = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
+            trained = [one for one in stored if "F" in one.get_dtype()]  # F32, BF16, …: not the ids of a found text
+            count = sum(prod(one.get_shape()) for one in trained)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{str(weights)!r} cannot be read as safetensors: {error}") from None
     return {"parameters": {"trainable": count}, "bytes": weights.stat().st_size}
@@ -293,6 +295,12 @@ def method_text(facts: dict[str, Any]) -> str:
     return format_method(method_from_dict(described))
 
 
+def findings(facts: dict[str, Any]) -> list[str]:
+    """What the methods of a run found by search, a sentence each; most methods train and find nothing."""
+    found = (getattr(method, "finding", None) for method in _methods(facts["adapter"].get("method")))
+    return [sentence for sentence in found if sentence]
+
+
 def base_path(facts: dict[str, Any]) -> str:
     """Where the base model came from, as the user gave it."""
     return str(facts["adapter"].get("base", {}).get("path") or facts["run"].get("model") or "–")
@@ -323,6 +331,7 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "family": adapter.get("base", {}).get("model_type", "–"),
         "method": method_text(facts),
         "papers": [_describe(one) for one in methods],
+        "findings": findings(facts),
         "whole_model": _is_whole(adapter.get("method")),
         "task": task,
         "data": run.get("data"),
@@ -443,6 +452,14 @@ A small set of trained tensors for the frozen base model `{{ base }}`: {{ size_l
 {% for key, value in paper.fields.items() %}
   - {{ key }}: `{{ value | cell }}`
 {% endfor %}
+{% endfor %}
+{% endif %}
+{% if findings %}
+
+It found:
+
+{% for finding in findings %}
+    {{ finding }}
 {% endfor %}
 {% endif %}
 {% if rows %}

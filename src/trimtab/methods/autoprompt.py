@@ -4,15 +4,16 @@ Prompts, arXiv:2010.15980.
     X' = [E(t) ; X],     t [length] token ids, E the model's own embedding, X [batch, n, width] the text's embeddings
     gain(v) = (E(t_i) - E(v)) · ∂L/∂E(t_i)          what token v at position i takes off the loss, to first order
 
-Nothing is trained but the choice of the trigger t: once an optimizer step, at one position i, some of the tokens with the
-largest gain are tried, and the one with the smallest exact loss on the rows of that step takes the place if its loss is
+Nothing is trained but the choice of the trigger t: once an optimizer step, at one position i, some of the tokens with
+the largest gain are tried, and the one with the smallest exact loss on that step's rows takes the place if its loss is
 below that of the token there. A larger batch (or gradient accumulation) makes a better judge. A task head learns beside
 it with the optimizer; the learning rate is the head's.
 
 The trigger is a text: its tokens are printable and read back as the same ids, also with an input behind them. It needs
-no trimtab: the text in front of the input gives a plain model the same logits. In causal models the trigger's tokens
-stand in front of all others; in encoders behind the special tokens that begin an input ([CLS]). Where a vocabulary ties
-spaces to words (byte-level BPE) the trigger's last token is a line break. Trained parameters: none, length token ids.
+no trimtab: a plain model that reads the text in front of the input gives the same logits. The trigger's tokens stand in
+front of all others (a BOS included, where the tokenizer puts one), in encoders behind the special tokens that begin an
+input ([CLS]). Where a vocabulary ties spaces to words (byte-level BPE) the trigger's last token is a line break.
+Trained parameters: none; the adapter is `length` token ids.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class AutoPrompt:
             raise UserError("autoprompt: ids and behind cannot be negative")
 
     def build(self, sites: Sites, context: Context) -> Parts:
-        """The trigger of the stack that reads the text. Raises UserError where it needs a tokenizer and there is none."""
+        """The trigger of the stack that reads the text. Raises UserError where a tokenizer is missing."""
         (site,) = (site for site in sites.embeds if site.embedding is not None)
         size, tokenizer = site.embedding.weight.shape[0], context.tokenizer
         if max(self.ids, default=0) >= size:
@@ -97,8 +98,9 @@ class AutoPrompt:
         """The trigger, for people; None before a search."""
         if not self.ids:
             return None
-        where = f"behind the input's first {self.behind}" if self.behind else "in front of the input's"
-        return f"trigger {self.text!r}, the token ids {', '.join(map(str, self.ids))} {where} tokens"
+        special = f"{self.behind} special token{'s' if self.behind != 1 else ''}"
+        where = f"behind the {special} at the start of an input" if self.behind else "in front of an input"
+        return f"trigger {self.text!r}, token ids {', '.join(map(str, self.ids))}, {where}"
 
     def _start(self, readable: Readable | None) -> list[int]:
         """Token ids [length]. Raises UserError for a start that is not as long, or no readable text."""
@@ -106,7 +108,9 @@ class AutoPrompt:
             return list(self.ids)
         spare = self.length - len(readable.ending)
         if spare < 1:
-            raise UserError(f"autoprompt: length={self.length} leaves no token beside the line break that ends the text")
+            raise UserError(
+                f"autoprompt: length={self.length} leaves no token beside the line break that ends the text"
+            )
         given = self.text or " ".join([NEUTRAL] * spare)
         ids = list(self.ids) or readable.ids(given)
         if len(ids) != self.length:
@@ -117,10 +121,10 @@ class AutoPrompt:
 
     def _place(self, site: EmbedsSite, tokenizer: Any) -> int:
         """How many of the input's tokens stand in front of the trigger."""
-        inserted = site.insert == "tokens" and not site.attentions[0].causal
-        if self.behind and not inserted:
+        encoder = site.insert == "tokens" and site.reader is None and not site.attentions[0].causal
+        if self.behind and not encoder:
             raise UserError("autoprompt: behind= is for encoders; here the trigger stands in front of everything")
-        if self.behind is not None or tokenizer is None or not inserted:
+        if self.behind is not None or tokenizer is None or not encoder:
             return self.behind or 0
         return len(Codec.of(tokenizer, "encoder", chat=False).ends[0])
 
@@ -191,7 +195,9 @@ class Trigger(nn.Module):
         assert self.readable is not None and self.gradient is not None
         known = torch.tensor(self.readable.tokens, device=self.ids.device)
         known = known[known != self.ids[position]]
-        gains = [-self._embedded(some) @ self.gradient[position] for some in known.split(_CHUNK)]  # E(t_i)·g is constant
+        gains = [
+            -self._embedded(some) @ self.gradient[position] for some in known.split(_CHUNK)
+        ]  # E(t_i)·g is constant
         return known[torch.cat(gains).argsort(descending=True, stable=True)]
 
     def _with(self, position: int, token: int) -> list[int]:

@@ -24,9 +24,9 @@ class Readable:
         """`size` is the number of rows that the embedding has. Raises UserError for a tokenizer without a separator."""
         self.tokenizer = tokenizer
         self.separator, self.ending = self._separator()
-        known = range(min(len(tokenizer), size))
         special = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
-        plain = [at for at in known if at not in special.union(tokenizer.all_special_ids)]
+        self.special = special.union(tokenizer.all_special_ids)
+        plain = [at for at in range(min(len(tokenizer), size)) if at not in self.special]
         texts = self._write([[at] for at in plain])
         same = zip(plain, texts, self._read(texts), strict=True)
         self.tokens = [at for at, text, ids in same if ids == [at] and text.strip() and text.isprintable()]
@@ -37,11 +37,13 @@ class Readable:
         return self._read([text.rstrip()])[0] + self.ending
 
     def texts(self, many: Sequence[list[int]]) -> list[str | None]:
-        """The text of each of many ids in front of an input; None where it would not be read as these ids."""
+        """The text of each of many ids in front of an input; None where it would not be read as these ids, or
+        has special tokens."""
         texts = [text.rstrip() + self.separator for text in self._write(many)]
         (first,) = self._read(_BEGINNINGS[:1])
         read = self._read([text + _BEGINNINGS[0] for text in texts])
-        return [text if ids == [*one, *first] else None for text, ids, one in zip(texts, read, many, strict=True)]
+        same = [ids == [*one, *first] and self.special.isdisjoint(one) for ids, one in zip(read, many, strict=True)]
+        return [text if kept else None for text, kept in zip(texts, same, strict=True)]
 
     def _separator(self) -> tuple[str, list[int]]:
         """What stands between a text and the input behind it, and the text's token ids for it."""

@@ -90,7 +90,6 @@ class Union:
         members: list[Any] = [getattr(method, "folded", lambda method=method: method)() for method in self.methods]
         return Union(tuple(members))
 
-
     def found(self, parts: Sequence[Any]) -> Union:
         """The union of the members with what their parts found."""
         members: list[Any] = list(self.methods)
