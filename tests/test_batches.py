@@ -54,6 +54,7 @@ def test_without_shuffling_the_order_is_by_length() -> None:
 
 def test_default_budget_is_sixteen_rows_of_mean_length() -> None:
     assert default_budget([10, 20, 30]) == 320
+    assert default_budget([10, 20, 30], 64) == 1280
     assert default_budget([]) == 1
 
 

@@ -54,9 +54,9 @@ class TokenBatches(Sampler[list[int]]):
             yield by_length[start:end].tolist()
 
 
-def default_budget(lengths: Sequence[int]) -> int:
-    """Tokens that 16 rows of mean length take."""
-    return max(1, round(ROWS * float(np.mean(lengths)))) if len(lengths) else 1
+def default_budget(lengths: Sequence[int], rows: int = ROWS) -> int:
+    """Tokens that so many rows of mean length take."""
+    return max(1, round(rows * float(np.mean(lengths)))) if len(lengths) else 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trimtab.adapter import Adapter, attach
-from trimtab.batches import default_budget, length
+from trimtab.batches import ROWS, default_budget, length
 from trimtab.errors import UserError, unknown
 from trimtab.lengths import fitting_length
 from trimtab.memory import peak_mb, reset_peak
@@ -93,7 +93,7 @@ def resolved(settings: TrainSettings, data: Data) -> TrainSettings:
     method = parse_method(settings.method)
     tokens = settings.batch_tokens
     if settings.batch_size is None and tokens is None:
-        tokens = default_budget([length(example) for example in data.train])
+        tokens = default_budget([length(example) for example in data.train], getattr(method, "rows", ROWS))
     return dataclasses.replace(settings, method=method, lr=settings.lr or method.lr, batch_tokens=tokens)
 
 

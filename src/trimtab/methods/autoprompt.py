@@ -57,7 +57,8 @@ class AutoPrompt:
 
     name: ClassVar[str] = "autoprompt"
     kinds: ClassVar[frozenset[str]] = frozenset({"embeds", "vocabulary"})
-    lr: ClassVar[float] = 1e-3  # the task head's, where there is one
+    lr: ClassVar[float] = 1e-2  # the task head's, where there is one
+    rows: ClassVar[int] = 64  # a smaller batch takes what fits its few rows for better
     mergeable: ClassVar[bool] = False
     formula: ClassVar[str] = "none: length token ids"
     paper: ClassVar[str] = "Shin et al. 2020, arXiv:2010.15980"

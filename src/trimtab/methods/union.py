@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.batches import ROWS
 from trimtab.contract import Context, Method, Parts, Together
 from trimtab.errors import UserError
 from trimtab.sites import EmbedsSite, Site, Sites
@@ -56,6 +57,11 @@ class Union:
     def consistency(self) -> float:
         """The weight of the consistency between two forwards, if a member is trained on two."""
         return max(getattr(method, "consistency", 0.0) for method in self.methods)
+
+    @property
+    def rows(self) -> int:
+        """The most rows a batch that a member asks for."""
+        return max(getattr(method, "rows", ROWS) for method in self.methods)
 
     @property
     def formula(self) -> str:
