@@ -42,7 +42,7 @@ class TrainSettings:
     batch_size: int | None = None
     """Rows in a batch; instead of batch_tokens."""
     batch_tokens: int | None = None
-    """Tokens in a batch of rows of similar length, padding included; by default 16 rows of mean length (64 for a search)."""
+    """Tokens in a batch of rows of like length, padding included; by default 16 rows (a search: 64) of mean length."""
     max_length: int | None = None
     """Tokens a row may have (longer texts are cut, never labels); by default 512, or fewer if the model has fewer."""
     limit: int | None = None
