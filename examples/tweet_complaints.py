@@ -2,8 +2,8 @@
 
 A causal language model classifies short texts: the template `Tweet text : {text} Label : ` and, in front of it, virtual
 tokens that start from an instruction and are the only thing trained (AdamW, learning rate 3e-2, linear schedule). The
-well-known guide shows the loss; this shows the accuracy before and after, saves, reloads and generates. Labels are never
-cut off by truncation, and no batch is padded further than its longest text.
+well-known guide shows the loss; this shows the accuracy before and after, saves, reloads and generates. Labels are
+never cut off by truncation, and no batch is padded further than its longest text.
 
     python examples/tweet_complaints.py                                # SmolLM2 and sarcastic headlines, from packages
     python examples/tweet_complaints.py --model bigscience/bloomz-560m --data tweets.csv --text-column "Tweet text" \\

@@ -42,11 +42,19 @@ def test_tweet_complaints_on_bloom(bloom: Path, tmp_path: Path, capsys: pytest.C
             writer.writerow(["".join(chance.choices(signs, k=chance.randint(3, 12))), label])
     output = tmp_path / "out"
     main = runpy.run_path(str(EXAMPLES / "tweet_complaints.py"))["main"]
-    metrics = main(
-        ["--model", str(bloom), "--data", str(data), "--text-column", "Tweet text", "--label-column", "text_label"]
-        + ["--label-words", "complaint=complaint,no complaint=no complaint", "--length", "8", "--epochs", "6"]
-        + ["--instruction", "Classify if the tweet is a complaint or not:", "--output", str(output), "--ask", "!!?#"]
-    )
+    options = {
+        "--model": bloom,
+        "--data": data,
+        "--text-column": "Tweet text",
+        "--label-column": "text_label",
+        "--label-words": "complaint=complaint,no complaint=no complaint",
+        "--instruction": "Classify if the tweet is a complaint or not:",
+        "--length": 8,
+        "--epochs": 6,
+        "--output": output,
+        "--ask": "!!?#",
+    }
+    metrics = main([str(word) for option in options.items() for word in option])
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]  # a random model has no more to give
     printed = capsys.readouterr().out
     assert f"reloaded into a fresh model: accuracy {metrics['after']['accuracy']:.3f}" in printed
