@@ -30,6 +30,7 @@ METHODS = {
     "parallel": "parallel[size=4,learn_scale=true]",
     "adamix": "adamix[size=4,mix=both]",
     "prefix": "prefix[length=4,hidden=8]",
+    "p-tuning": "p-tuning[length=4]",
     "p-tuning-v2": "p-tuning-v2[length=4,dropout=0]",
     "llama-adapter": "llama-adapter[length=4]",
     "llama-adapter-v2": "llama-adapter-v2[length=4]",
@@ -50,6 +51,7 @@ VARIANTS = {
     "lora[r=2,init=pissa,lr_ratio=4]": SHORT,
     "ia3[targets=q,o,down]": SHORT,
     "prefix[length=4,form=flat]": SHORT,
+    "p-tuning[length=4,encoder=mlp,init=random]": ("llama", "bert"),
     "p-tuning-v2[length=4,dropout=0,network=true,hidden=8]": ("bert", "roberta", "gpt2"),
     "llama-adapter[length=4,gates=layer,tanh=false,layers=-2:]": SHORT,
 }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Pfeiffer,
         Prefix,
         Prompt,
+        PTuning,
         PTuningV2,
         Union,
     )
@@ -68,6 +69,7 @@ __all__ = [
     "LlamaAdapterV2",
     "LoRA",
     "Method",
+    "PTuning",
     "PTuningV2",
     "Parallel",
     "Pfeiffer",

@@ -19,6 +19,10 @@ ANCHOR = "\n"
 """What an answer is tokenised after: sentencepiece marks the first piece of a string, which an answer never is."""
 
 
+PSEUDO = "<|p{}|>"
+"""How a pseudo token of a template is written; its id follows those of the vocabulary."""
+
+
 @dataclass(frozen=True)
 class Codec:
     """A tokenizer in its part for one kind of model, with or without its chat template."""

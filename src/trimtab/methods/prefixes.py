@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from trimtab.contract import Context
 from trimtab.errors import UserError
-from trimtab.methods.starts import fitted, sampled
+from trimtab.methods.starts import NOISE, fit_last, fitted, sampled
 from trimtab.sites import KVSite, Site, Sites
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -41,16 +41,16 @@ def real_start(name: str, sites: Sites, context: Context, length: int, text: str
     if embedding is None:
         return {}
     if text is None:
-        ids = sampled(embedding.weight.shape[0], length)
+        ids = sampled(embedding, length)
     else:
         ids = fitted(context.token_ids(text, f"{name}[text=…]"), length)
     return {site: (keys.float(), values.float()) for site, (keys, values) in context.record(ids).items()}
 
 
 def random_start(site: KVSite, length: int) -> KeysValues:
-    """Noise of standard deviation 0.02."""
+    """Noise."""
     shape = (site.kv_heads, length, site.head_dim)
-    return 0.02 * torch.randn(shape), 0.02 * torch.randn(shape)
+    return NOISE * torch.randn(shape), NOISE * torch.randn(shape)
 
 
 def network_size(group: Sequence[KVSite], length: int, hidden: int) -> int:
@@ -96,15 +96,10 @@ class Generator(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "current": []}  # a copy of the model makes its own
 
-    @torch.no_grad()
     def fit(self, start: Sequence[KeysValues]) -> None:
-        """Change W_2 as little as possible so that the outputs are `start`: exactly where P ≤ hidden."""
-        wanted = torch.cat(
-            [tensor.cpu().float().transpose(0, 1).flatten(1) for pair in start for tensor in pair], dim=1
-        )
-        hidden = torch.tanh(self.first(self.tokens))  # [P, hidden]
-        missing = wanted - self.last(hidden)  # [P, outputs]
-        self.last.weight += torch.linalg.lstsq(hidden, missing, driver="gelsd").solution.T
+        """Have W_2 make `start`: exactly where P ≤ hidden."""
+        wanted = torch.cat([tensor.transpose(0, 1).flatten(1).cpu() for pair in start for tensor in pair], dim=1)
+        fit_last(self.last, torch.tanh(self.first(self.tokens)), wanted)
 
     def prepare(self) -> None:
         """Make the keys and values of the present forward."""
