@@ -76,6 +76,20 @@ def predict(
     return _generate(run, examples, max_new_tokens)
 
 
+def class_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Any,
+    examples: Sequence[Any],
+    kind: str,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    show: bool | None = None,
+) -> tuple[Tensor, float]:
+    """What `evaluate` and `predict` read a classification off: log p [examples, classes], and the loss."""
+    return _class_scores(_Run(model, tokenizer, kind, batch_tokens, show), task, examples)
+
+
 def classification_metrics(predicted: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
     """accuracy, macro_f1 over all classes (one that never occurs counts 0) and mcc."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
