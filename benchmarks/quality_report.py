@@ -150,7 +150,7 @@ def missing_lines(results: Results) -> list[str]:
 def task_table(results: Results) -> list[str]:
     """What the tasks are, and whether they count."""
     lines = header(
-        "model", "task", "tokens a row", "rows: training", "dev", "test", "majority", "full tuning", "counts"
+        "model", "task", "tokens a row", "training rows", "dev", "test", "majority", "full tuning", "counts"
     )
     for model in results.plan.models:
         for task in results.tasks(model):
