@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 Figures = dict[str, Any]
 
@@ -19,7 +19,7 @@ Figures = dict[str, Any]
 class Cell(Protocol):
     """A frozen dataclass of settings. Equal settings mean an equal result, so they are stored with it."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""The quality benchmark: splits without relatives on two sides, the bootstrap, cells that are kept, reports of a part."""
+"""The quality benchmark: splits without relatives on two sides, the bootstrap, cells that are kept, partial reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import pytest
 from benchmarks.bootstrap import paired
 from benchmarks.cells import Clock, keep, known, read, run_all, share_out
 from benchmarks.quality import PLAN, Cell, Chosen, Entry, Model, Plan, jobs_of, pending, quick_plan, stages
-from benchmarks.quality_report import Results, draw, report, tables
+from benchmarks.quality_picture import draw
+from benchmarks.quality_report import report, tables
+from benchmarks.quality_results import Results
 from benchmarks.rows import plain, related, split
 
 # -- rows ---------------------------------------------------------------------------------------------------------
@@ -48,8 +50,8 @@ def test_no_related_rows_on_two_sides() -> None:
     texts = {name: [text for text, _ in rows] for name, rows in sides.items()}
     for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
         assert max(shared_words(a, b) for a in texts[one] for b in texts[other]) < 0.5
-    together = [text for side in texts.values() for text in side]
-    assert any(shared_words(a, b) > 0.6 for at, a in enumerate(together) for b in together[:at])  # one side may have two
+    together = [text for side in texts.values() for text in side]  # relatives may be on one
+    assert any(shared_words(a, b) > 0.6 for at, a in enumerate(together) for b in together[:at])
     assert len({plain(text) for text in together}) == len(together)
 
 
@@ -337,7 +339,7 @@ def test_files_of_the_report(tmp_path: Path) -> None:
 
 def test_an_empty_report(tmp_path: Path) -> None:
     made = tables(results(tmp_path))
-    assert made["bert-tiny"] == ["No results yet."] and "0 of 3 learning rates" in "\n".join(made["missing"])
+    assert made["bert-tiny"] == ["No results yet."] and "nothing yet: full, head" in "\n".join(made["missing"])
     assert not draw(results(tmp_path), tmp_path / "picture.png")
 
 
