@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from trimtab.attention import AttentionSetting, Recorded
+from trimtab.errors import UserError
+from trimtab.lengths import position_limit
 from trimtab.sites import EmbedsSite, KVSite, Sites
 
 
@@ -17,10 +19,18 @@ def keys_and_values(sites: Sites, setting: AttentionSetting, ids: Sequence[int])
 
     In rotary models the text stands at the positions -P…-1, in front of whatever follows it. The decoder of an
     encoder-decoder reads the ids as well, and attends to what the encoder makes of them.
+
+    Raises UserError for more ids than the model has positions.
     """
     reading = next((site for site in sites.embeds if site.embedding is not None), None)
     if reading is None:
         return {}
+    limit = position_limit(reading.body.config)
+    if limit is not None and len(ids) > limit:
+        raise UserError(
+            f"this model has {limit} positions, too few to read {len(ids)} tokens: a prefix that starts from real tokens "
+            f"may have a length of at most {limit} here"
+        )
     tokens = torch.tensor([list(ids)], device=reading.embedding.weight.device)
     modes = [(module, module.training) for module in reading.body.modules()]
     with setting.recording(sites.kv) as found:

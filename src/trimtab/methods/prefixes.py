@@ -74,10 +74,7 @@ class StoredPrefix(nn.Module):
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
-        return (
-            F.dropout(self.keys, self.dropout, self.training),
-            F.dropout(self.values, self.dropout, self.training),
-        )
+        return _dropped((self.keys, self.values), self.dropout, self.training)
 
 
 class Generator(nn.Module):
@@ -107,19 +104,27 @@ class Generator(nn.Module):
 
     def compute(self) -> list[KeysValues]:
         """Of each attention keys and values [kv_heads, P, head_dim]."""
-        flat = F.dropout(self.last(torch.tanh(self.first(self.tokens))), self.dropout, self.training)
+        flat = self.last(torch.tanh(self.first(self.tokens)))
         pieces = iter(flat.split([heads * width for heads, width in self.shapes for _ in range(2)], dim=1))
         return [(_headed(next(pieces), heads), _headed(next(pieces), heads)) for heads, _ in self.shapes]
 
+    def at(self, index: int) -> KeysValues:
+        """keys, values [kv_heads, P, head_dim] of one attention in the present forward.
+
+        Dropout is drawn here, inside the layer: a checkpointed layer that is run again restores the random state and
+        sees the same draw, even where another forward has come in between.
+        """
+        return _dropped(self.current[index], self.dropout, self.training)
+
+    @torch.no_grad()
     def stored(self, index: int) -> StoredPrefix:
         """The inference form of one attention; the first of a set moves the text."""
-        before = self.training
-        self.training = False
-        try:
-            with torch.no_grad():
-                return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.length)
-        finally:
-            self.training = before
+        return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.length)
+
+
+def _dropped(pair: KeysValues, dropout: float, training: bool) -> KeysValues:
+    keys, values = pair
+    return F.dropout(keys, dropout, training), F.dropout(values, dropout, training)
 
 
 def _headed(flat: torch.Tensor, heads: int) -> torch.Tensor:
@@ -140,7 +145,7 @@ class Leader(nn.Module):
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
-        return self.generator.current[0]
+        return self.generator.at(0)
 
     def fold(self) -> StoredPrefix:
         """The keys and values themselves; the network goes."""
@@ -157,7 +162,7 @@ class Follower(nn.Module):
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
-        return self.generator[0].current[self.index]
+        return self.generator[0].at(self.index)
 
     def fold(self) -> StoredPrefix:
         """The keys and values themselves."""
