@@ -28,8 +28,8 @@ def keys_and_values(sites: Sites, setting: AttentionSetting, ids: Sequence[int])
     limit = position_limit(reading.body.config)
     if limit is not None and len(ids) > limit:
         raise UserError(
-            f"this model has {limit} positions, too few to read {len(ids)} tokens: a prefix that starts from real "
-            f"tokens may have a length of at most {limit} here"
+            f"this model has {limit} positions, too few to read {len(ids)} tokens: "
+            f"a prefix that starts from real tokens may have a length of at most {limit} here"
         )
     tokens = torch.tensor([list(ids)], device=reading.embedding.weight.device)
     modes = [(module, module.training) for module in reading.body.modules()]

@@ -225,8 +225,7 @@ def _real(out: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
 def _equal(family: str, model: Any, adapter: Any, reference: Any) -> None:
     """Outputs and the gradients of prompts and gates, to float64 rounding where the family itself computes in float64.
 
-    gemma2's own eager attention takes its softmax in float32, and RMSNorm is a float32 norm everywhere: where it acts
-    on the prompts' keys, or only on the one side, that shows.
+    gemma2's own eager attention takes its softmax in float32, and so is the norm of the keys in qwen3 and gemma3.
     """
     batch, real = _rows(family)
     found, expected = _real(output(model, batch), real), _real(output(reference, batch), real)
