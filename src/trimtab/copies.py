@@ -79,8 +79,12 @@ class NormCopy(nn.Module):
         self.copy = plain_copy(site.module).requires_grad_(True)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x [..., width] -> the normalised x under the trained weights, computed in their precision"""
-        return self.copy(_in_precision(x, next(self.copy.parameters()).dtype)).to(y.dtype)
+        """x [..., width] -> the normalised x under the trained weights"""
+        if isinstance(
+            self.copy, nn.LayerNorm
+        ):  # the GPU's kernel takes one precision only; RMSNorms widen by themselves
+            x = x.to(self.copy.weight.dtype)
+        return self.copy(x).to(y.dtype)
 
     def write_into(self, module: nn.Module) -> None:
         """Copy the trained weights into the base's norm."""
