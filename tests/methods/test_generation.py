@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from prefix_by_hand import attached, rows
 from tiny import CAUSAL, tiny
@@ -38,3 +39,25 @@ def test_cached_generation(method: str, family: str, beams: int) -> None:
         assert torch.equal(alone[0, -5:], expected[2, -5:])
     base = tiny(family, torch.float64).generate(**batch, **how)
     assert not torch.equal(base, expected)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", METHODS[:2])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_logits(kind: str, method: str, family: str, side: str) -> None:
+    """Four tokens, then one, then two, on either padding side, give the logits of all seven at once."""
+    model, _ = attached(family, method)
+    batch, real = rows(family, side)
+    expected = model(**batch, use_cache=False).logits
+    places = (real.long().cumsum(1) - 1).clamp(min=0)
+    cache = (
+        DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=9)
+    )
+    found = []
+    with torch.no_grad():
+        for start, stop in ((0, 4), (4, 5), (5, 7)):
+            step = {"input_ids": batch["input_ids"][:, start:stop], "position_ids": places[:, start:stop]}
+            out = model(**step, attention_mask=batch["attention_mask"][:, :stop], past_key_values=cache)
+            found.append(out.logits)
+    assert torch.allclose(torch.cat(found, dim=1)[real], expected[real], rtol=0, atol=1e-9)
