@@ -294,7 +294,6 @@ _MODERNBERT = Stack(
     final_norm="final_norm",
     embeds="embeddings.tok_embeddings",
     insert="tokens",
-    positions="implicit",
 )
 
 

@@ -45,12 +45,12 @@ def keys_and_values(sites: Sites, setting: AttentionSetting, ids: Sequence[int])
 
 
 def _run(site: EmbedsSite, tokens: torch.Tensor) -> None:
-    length = tokens.shape[1]
+    places = {}
+    if site.positions == "rotary":
+        places["position_ids"] = torch.arange(-tokens.shape[1], 0, device=tokens.device)[None]
     if site.attentions[0].causal:
-        start = -length if site.positions == "rotary" else 0
-        places = torch.arange(start, start + length, device=tokens.device)[None]
-        site.body(input_ids=tokens, position_ids=places, use_cache=False)
+        site.body(input_ids=tokens, use_cache=False, **places)
         return
-    states = site.body(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
+    states = site.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), **places)[0]
     if isinstance(site.reader, nn.Module):
         site.reader(input_ids=tokens, encoder_hidden_states=states, use_cache=False)

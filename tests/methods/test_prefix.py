@@ -183,6 +183,20 @@ def test_starts_from_what_the_base_computes_for_a_text(family: str) -> None:
                 assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_a_rotary_encoder_starts_in_front_of_the_text() -> None:
+    """ModernBERT's keys of the first layer stand at the positions -5 to -1, rotated by hand."""
+    base = tiny("modernbert").model
+    adapter = tt.attach(tiny("modernbert"), "prefix[length=5,form=flat,text=abc]", tokenizer=Words())
+    layer, seen = base.layers[0], []
+    layer.attn.Wqkv.register_forward_hook(lambda module, args, out: seen.append(out))
+    base(input_ids=torch.tensor([IDS]))
+    keys = seen[0][0, :, 32:64].view(5, 4, D).transpose(0, 1)
+    places = torch.arange(-5, 0)[None]
+    cos, sin = base.rotary_emb(keys, places, base.config.layer_types[0])  # [1, 5, D]
+    expected = keys * cos + torch.cat([-keys[..., D // 2 :], keys[..., : D // 2]], dim=-1) * sin
+    assert torch.allclose(by_hand(adapter, "layer{}_self")[0][0], expected, atol=1e-6)
+
+
 def _has(base: Any, family: str, name: str) -> bool:
     return hasattr(base.get_submodule(next(iter(sets(family).values())).format(0)), name)
 
