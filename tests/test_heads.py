@@ -100,8 +100,13 @@ def test_a_run_learns_and_its_folder_gives_the_same_numbers(trained, task: str) 
     assert (output / "curves.svg").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("task", MAKE)
+def _pairs() -> list[Any]:
+    """Every family and task; quick are bert, and choose, whose heads differ most."""
+    pairs = [(family, task) for family in FAMILIES for task in MAKE]
+    return [pytest.param(*one, marks=[] if "bert" in one or "choose" in one else pytest.mark.slow) for one in pairs]
+
+
+@pytest.mark.parametrize(("family", "task"), _pairs())
 def test_every_encoder_family_trains_its_head_and_gets_it_back(
     bases, data, tmp_path: Path, family: str, task: str
 ) -> None:

@@ -131,7 +131,7 @@ def offers(inputs: Sequence[Any]) -> bool:
 def length(example: Any) -> int:
     """Tokens that an example takes in a batch: its input, and its target where that is a text of its own.
 
-    One that offers choices takes as many times the longest.
+    One that offers choices takes as many times the longest; what other rows of its batch have more is not foreseen.
     """
     inputs, labels = read(example, "input_ids"), read(example, "labels")
     if offers([inputs]):
