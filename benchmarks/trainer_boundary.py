@@ -1,6 +1,6 @@
 """One attached model under three training loops: transformers.Trainer, TRL's SFTTrainer and trimtab's own.
 
-    python benchmarks/trainer_boundary.py
+    python -m benchmarks.trainer_boundary
 
 makes an environment of its own in the cache folder (TRL brings its own wishes), trains the same tiny model on the
 same batches under each loop (evaluate with metrics, checkpoint, kill, resume, load the best), and fails where a loss
@@ -12,31 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import venv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimtab" / "trainer-boundary"
+from benchmarks.environments import ROOT, TORCH, environment, run
+
+PINS = ("-c", str(ROOT / "constraints.txt"))
+INSTALLS = ((*PINS, TORCH), (*PINS, "trl", "-e", str(ROOT)))
 LOOPS = ("plain", "trl", "trimtab")
 METHODS = ("lora[r=4,dropout=0.1]", "prompt[length=4]")
 TOLERANCE = 1e-5
 KILLED_AFTER = 8  # steps; the last checkpoint is of step 5
-
-
-def environment() -> Path:
-    """The Python of an environment with TRL and this checkout, made on first use."""
-    python = HOME / "venv" / "bin" / "python"
-    if not (HOME / "made").is_file():
-        venv.create(HOME / "venv", with_pip=True, clear=True)
-        pins = ["-c", str(ROOT / "constraints.txt")]
-        for packages in (["torch==2.13.0"], ["trl", "-e", str(ROOT)]):
-            subprocess.run([python, "-m", "pip", "install", "-q", *pins, *packages], check=True)
-        (HOME / "made").touch()
-    return python
 
 
 def train(loop: str, method: str, folder: Path, resume: bool, kill: bool) -> None:
@@ -182,9 +170,8 @@ def _both(python: Path, loop: str, method: str, folder: Path) -> tuple[dict[str,
 
 
 def _run(python: Path, loop: str, method: str, folder: Path, *flags: str) -> dict[str, Any]:
-    command = [python, __file__, "--loop", loop, "--method", method, "--folder", folder, *flags]
-    quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, check=False)
+    options = ("--loop", loop, "--method", method, "--folder", folder, *flags)
+    done = run(python, "benchmarks.trainer_boundary", *options)
     if done.returncode != (9 if "--kill" in flags else 0):
         raise SystemExit(f"{loop} with {method} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return {} if "--kill" in flags else json.loads((folder / "result.json").read_text())
@@ -210,7 +197,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.loop:
         return train(given.loop, given.method, given.folder, given.resume, given.kill)
-    sys.exit(0 if compare(environment()) else 1)
+    sys.exit(0 if compare(environment("trainer-boundary", *INSTALLS)) else 1)
 
 
 if __name__ == "__main__":

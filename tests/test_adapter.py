@@ -176,6 +176,26 @@ def test_to_moves_the_adapter() -> None:
     assert isinstance(model.trimtab, Attachments)
 
 
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "bert", "roberta", "distilbert", "modernbert", "t5", "vit", "clip"]
+)
+@pytest.mark.parametrize("method", ["head", "llama-adapter-v2"])
+def test_a_base_in_half_precision(family: str, method: str) -> None:
+    """Heads and adapters train in float32 on it; the outputs keep its precision and start where they were."""
+    model, batch = tiny(family, torch.bfloat16), inputs(family, dtype=torch.bfloat16)
+    with torch.no_grad():
+        base = output(model, batch)
+        adapter = tt.attach(model, method)
+        started = output(model, batch)
+    if family in ("llama", "gpt2", "bert", "vit"):  # the others' heads and norms round in between
+        assert torch.allclose(started, base, rtol=0.01, atol=0.01)
+    out = output(model, batch)
+    out.float().pow(2).mean().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    assert any(parameter.grad.any() for parameter in adapter.parameters() if parameter.grad is not None)
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
 def test_full_is_plain_full_tuning(family: str) -> None:
     """The gradients of every parameter, and the losses of three steps, of the same model without trimtab."""

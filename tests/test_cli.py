@@ -253,7 +253,107 @@ def test_a_finished_runs_file_starts_the_same_run(tmp_path, trained):
     assert (first["before"], first["after"]) == (second["before"], second["after"])
 
 
+def end_to_end(tmp_path: Path, task: str, rows: list[dict[str, Any]], *flags: str) -> Path:
+    """Train, evaluate again and inspect with the command line; the folder."""
+    model, data = save_model(tmp_path / "bert", "bert"), write_rows(tmp_path / "data.jsonl", rows)
+    folder = tmp_path / "out"
+    result = run("train", "--task", task, "--model", model, "--data", data, "--output", folder, *TRAIN, *flags)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip().splitlines()[-1] == str(folder)
+    after = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["after"]
+    assert json.loads(run("eval", folder, "--json").stdout) == after
+    assert json.loads(run("eval", folder, "--json", "--data", data).stdout) == after
+    assert re.search(rf"^task +{task}", run("inspect", folder).stdout, re.M)
+    assert json.loads(run("inspect", folder, "--json").stdout)["task"]["name"] == task
+    assert f"| task | {task} |" in (folder / "README.md").read_text(encoding="utf-8")
+    return folder
+
+
+def test_regress_end_to_end(tmp_path):
+    rows = [{"正文": "好" * (i % 5), "id": i, "分": f"{i % 5}.5"} for i in range(1, 25)]
+    rows = [{**row, "正文": f"{row['正文']}{row['id']}"} for row in rows]
+    folder = end_to_end(tmp_path, "regress", rows, "--text-column", "正文", "--label-column", "分")
+    assert "Pearson correlation" in (folder / "README.md").read_text(encoding="utf-8")
+    result = run("generate", folder, "--prompt", "好好")
+    assert result.exit_code == 0, result.output
+    float(result.stdout)
+
+
+def test_tag_end_to_end(tmp_path):
+    rows = [{"tokens": ["小明", f"n{i}", "住", "北京"], "tags": ["B-人", "O", "O", "B-地"]} for i in range(20)]
+    folder = end_to_end(tmp_path, "tag", rows)
+    result = run("generate", folder, "--prompt", "小明 住 北京")
+    assert result.exit_code == 0, result.output
+    pairs = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [word for word, _ in pairs] == ["小明", "住", "北京"]
+    assert {tag for _, tag in pairs} <= {"B-人", "B-地", "O"}
+
+
+def test_choose_end_to_end(tmp_path):
+    rows = [{"q": f"{i} or", "a": "yes", "b": f"no {i}", "right": "AB"[i % 2]} for i in range(20)]
+    columns = ["--text-column", "q", "--choices-column", "a,b", "--label-column", "right"]
+    folder = end_to_end(tmp_path, "choose", rows, *columns)
+    result = run("generate", folder, "--prompt", "3 or", "--choice", "yes", "--choice", "no 3")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() in ("yes", "no 3")
+    assert "needs 2 choices" in refused("generate", folder, "--prompt", "3 or")
+
+
 # Mistakes: one sentence, exit 2, nothing changed
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "flags", "words"),
+    [
+        ("regress", {"text": "a", "label": "good"}, [], "row 3: column 'label' holds 'good', not a finite number"),
+        (
+            "regress",
+            {"text": "a", "label": [3]},
+            [],
+            "column 'label' does not hold one kind of value in all rows; row 3",
+        ),
+        ("regress", {"txt": "a", "label": "1"}, ["--text-column", "words"], "column 'words' does not exist"),
+        ("regress", {"text": "a", "label": "1"}, ["--label-words", "a=b"], "label words belong to the task 'classify'"),
+        (
+            "tag",
+            {"tokens": ["a", "b"], "tags": ["O"]},
+            [],
+            "row 3: column 'tokens' has 2 words and column 'tags' 1 tags",
+        ),
+        ("tag", {"tokens": ["a"], "tags": ["O"]}, ["--text-column", "tokns"], "did you mean 'tokens'"),
+        ("tag", {"tokens": ["a"], "tags": ["O"]}, ["--template", "{text}"], "a template belongs"),
+        ("choose", {"question": "?", "choices": ["a"], "label": 0}, [], "row 3: column 'choices' has only one choice"),
+        (
+            "choose",
+            {"question": "?", "choices": ["a", "b"], "label": 2},
+            [],
+            "row 3: label '2' is no index of 2 choices",
+        ),
+        (
+            "choose",
+            {"question": "?", "choices": ["a", "b"], "label": 0},
+            ["--choices-column", "c"],
+            "column 'c' does not",
+        ),
+        ("tga", {"tokens": ["a"], "tags": ["O"]}, [], "did you mean tag?"),
+    ],
+)
+def test_rows_that_a_task_cannot_use(tmp_path, task, row, flags, words):
+    good = {
+        "regress": [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}],
+        "choose": [{"question": "?", "choices": ["a", "b"], "label": at} for at in (0, 1)],
+    }.get(task, [{"tokens": ["a", "b"], "tags": ["O", "X"]}] * 2)
+    model, data = save_model(tmp_path / "bert", "bert"), write_rows(tmp_path / "data.jsonl", [*good, row])
+    args = ["--task", task, "--model", model, "--data", data, "--output", tmp_path / "new", *flags]
+    assert words in refused("train", *args)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("task", ["regress", "tag"])
+def test_a_language_model_asked_for_an_encoders_task(tmp_path, llama, data, task):
+    line = refused("train", "--task", task, "--model", llama, "--data", data, "--output", tmp_path / "new")
+    assert f"(llama) is a causal language model and cannot {task}; models that can: encoders (bert, " in line
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 
 import trimtab as tt
-from trimtab.evaluate import classification_metrics, corpus_bleu, evaluate, predict
+from trimtab.evaluate import evaluate, predict
 from trimtab.head import decoder_inputs
+from trimtab.metrics import classification_metrics, corpus_bleu
+from trimtab.tasks import Classify, Generate
 
 COMMON = dict(vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **COMMON)
@@ -30,13 +31,13 @@ class Example:
     target: Any
 
 
-class Task(SimpleNamespace):
-    def choices(self, tokenizer: Any, kind: str) -> list[list[int]]:
-        return self.words
-
-
-def classify(words: list[list[int]] | None = None) -> Any:
-    return Task(name="classify", labels=("a", "b", "c"), words=words)
+def classify(words: list[list[int]] | None = None) -> Classify:
+    """Labels a, b and c, whose words have these tokens."""
+    labels = ("a", "b", "c")
+    said = words and {label: " ".join(f"w{token}" for token in ids) for label, ids in zip(labels, words, strict=True)}
+    task = Classify(labels, label_words=said)
+    assert words is None or task.choices(tokenizer(), "causal") == words
+    return task
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -144,14 +145,14 @@ def test_generation_is_that_of_single_rows_and_perplexity_of_the_answers(kind: s
         answer = [*answer[:5], 2]
         full, labels = (prompt + answer, [-100] * len(prompt) + answer) if kind == "causal" else (prompt, answer)
         rows.append(Example(full, labels, len(prompt), ["w3 w4 w5 w6", "w7 w8"]))
-    texts = predict(model, names, Task(name="generate"), rows, kind, batch_tokens=60, max_new_tokens=6)
+    texts = predict(model, names, Generate(), rows, kind, batch_tokens=60, max_new_tokens=6)
     for row, text in zip(rows, texts, strict=True):
         prompt = torch.tensor([row.input_ids[: row.prompt_length]])
         mask = torch.ones_like(prompt)
         made = model.generate(prompt, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)[0]
         made = made[row.prompt_length :] if kind == "causal" else made[1:]
         assert text == names.decode(made, skip_special_tokens=True).strip()
-    metrics = evaluate(model, names, Task(name="generate"), rows, kind)
+    metrics = evaluate(model, names, Generate(), rows, kind)
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     total = [naive_score(model, kind, row.input_ids[: row.prompt_length], _answer(row, kind)) for row in rows]
     assert metrics["loss"] == pytest.approx(-sum(total) / sum(len(_answer(row, kind)) for row in rows), abs=1e-4)

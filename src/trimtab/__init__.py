@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Pfeiffer,
         Prefix,
         Prompt,
+        PTuning,
         PTuningV2,
         Union,
     )
@@ -70,6 +71,7 @@ __all__ = [
     "LlamaAdapterV2",
     "LoRA",
     "Method",
+    "PTuning",
     "PTuningV2",
     "Parallel",
     "Pfeiffer",

@@ -254,15 +254,20 @@ def generate(
         str, typer.Option(metavar="TEXT", help="The text; the run's template is put around it.", show_default=False)
     ],
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")] = 128,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="One of the texts to choose from (task choose); repeat for each."),
+    ] = None,
 ) -> None:
     """Answer a prompt with a run's adapter.
 
-    A classifier answers with the label.
+    A classifier answers with the label, a regression with the number, a tagger with a line for each word (they stand
+    between spaces), and the task choose with one of the --choice texts.
     """
     _hush_libraries()
     from trimtab.tuned import ask, load_run
 
-    print(ask(load_run(folder), prompt, max_new_tokens))
+    print(ask(load_run(folder), prompt, max_new_tokens, choice or ()))
 
 
 @command("merge")

@@ -39,7 +39,7 @@ from trimtab.methods.spec import parse_method
 from trimtab.positions import PositionsFromMask, takes_positions
 from trimtab.real_text import keys_and_values
 from trimtab.sites import ActivationSite, EmbedsSite, HeadSite, KVSite, LinearSite, NormSite, Site, Sites
-from trimtab.virtual import install_embeds
+from trimtab.virtual import install_embeds, stands_in_front
 
 INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
     LinearSite: install_linear,
@@ -200,7 +200,7 @@ class Entry(nn.Module):
         self.handles: list[Any] = []
         whole = getattr(method, "whole_model", False)
         self.cuts = [] if whole else list(_cuts(self.sites, attachments.sites))
-        virtual = any(isinstance(site, EmbedsSite) and site.insert == "shared" for site in parts)
+        virtual = any(_is_shared(site, part) for site, part in parts.items())
         own = [part for site, part in parts.items() if isinstance(site, KVSite)]
         self.uses_attention = virtual or bool(own)
         self.needs_front = virtual or any(puts_in_front(part) for one in own for part in members(one))
@@ -426,6 +426,11 @@ def _placed(site: Site, part: nn.Module) -> nn.Module:
     reference = next(module.parameters())
     precision = torch.promote_types(reference.dtype, torch.float32) if reference.is_floating_point() else torch.float32
     return part.to(device=reference.device, dtype=precision)
+
+
+def _is_shared(site: Site, part: nn.Module) -> bool:
+    """Whether a part's virtual tokens are run once and reach the text through its attention."""
+    return isinstance(site, EmbedsSite) and site.insert == "shared" and stands_in_front(part)
 
 
 def _order(site: Site) -> int:

@@ -92,6 +92,8 @@ class Family:
     """Whether any of its classes has a head; a bare vision tower has none."""
     interface: bool = True
     """Whether its attention goes through transformers' AttentionInterface (sites of kind `kv` need it)."""
+    post_norm: tuple[Stack, ...] = ()
+    """The stacks of its models whose configuration has `do_layer_norm_before=False` (OPT-350m)."""
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -103,6 +105,11 @@ class Family:
             "head": self.head,
         }
         return frozenset(kind for kind in KINDS if present.get(kind, True))
+
+    def of(self, config: object) -> Family:
+        """The family as one model's configuration makes it."""
+        post = bool(self.post_norm) and not getattr(config, "do_layer_norm_before", True)
+        return replace(self, stacks=self.post_norm) if post else self
 
 
 def _fused(path: str, *parts: str, interleaved: bool = False) -> dict[str, Fused]:
@@ -206,6 +213,14 @@ _OPT = Stack(
     positions="learned",
     shift=True,
 )
+_OPT_POST_NORM = replace(
+    _OPT,
+    sublayers={
+        "attention": Sublayer("self_attn.out_proj", "self_attn.q_proj", after="self_attn_layer_norm"),
+        "feedforward": Sublayer("fc2", "fc1", after="final_layer_norm"),
+    },
+    final_norm=None,
+)
 _BLOOM = Stack(
     layers="h",
     attention="self_attention",
@@ -280,7 +295,6 @@ _MODERNBERT = Stack(
     final_norm="final_norm",
     embeds="embeddings.tok_embeddings",
     insert="tokens",
-    positions="implicit",
 )
 
 
@@ -366,7 +380,7 @@ def _families() -> Iterator[Family]:
     yield Family("phi3", (_PHI3,))
     yield Family("gpt2", (_GPT2,))
     yield Family("gpt_neox", (_NEOX,))
-    yield Family("opt", (_OPT,), roots=("decoder",))
+    yield Family("opt", (_OPT,), roots=("decoder",), post_norm=(_OPT_POST_NORM,))
     yield Family("bloom", (_BLOOM,), interface=False)
     yield Family("bert", (_bert(),), pooler="pooler.dense")
     yield Family("roberta", (_bert("padded"),), pooler="pooler.dense")

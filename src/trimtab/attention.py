@@ -3,8 +3,8 @@
 transformers hands every attention-interface model's q, k, v (after rotary positions, after the cache was updated) to a
 registered function. Ours puts prefix keys and values in front, delegates to the implementation that the model had, and
 adds gated context to what comes back. Where there is a prefix the text's mask is always made in full, because a mask
-that was skipped as "plain causal" would crop the keys to the query's length once a prefix stands in front of them. Where
-context is only added the mask is what it was, so that a zero gate leaves every bit of the output alone.
+that was skipped as "plain causal" would crop the keys to the query's length once a prefix stands in front of them.
+Where context is only added the mask is what it was, so that a zero gate leaves every bit of the output alone.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ class Collator:
     """Turns examples into padded tensors: input_ids and attention_mask [B, n], labels [B, n], [B, m] or [B].
 
     An example is anything with `input_ids` and `labels` as attributes or keys. Labels that are a list as long as the
-    input get its padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes.
+    input get its padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes,
+    floats are numbers. An example whose `input_ids` are lists offers choices: input_ids, attention_mask and, where it
+    has them, token_type_ids are [B, choices, n], and the choices that a row lacks are all padding, the mask 0.
     """
 
     pad_id: int
@@ -74,14 +76,29 @@ class Collator:
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         inputs = [list(read(example, "input_ids")) for example in examples]
-        tensors = {
-            "input_ids": pad(inputs, self.pad_id, self.side),
-            "attention_mask": pad([[1] * len(row) for row in inputs], 0, self.side),
-        }
+        tensors = self._choices(examples, inputs) if offers(inputs) else self._texts(inputs)
         labels = [read(example, "labels") for example in examples]
         if any(label is None for label in labels):
             return tensors
         return {**tensors, "labels": self._labels(inputs, labels)}
+
+    def _texts(self, inputs: list[list[int]]) -> dict[str, Tensor]:
+        return {
+            "input_ids": pad(inputs, self.pad_id, self.side),
+            "attention_mask": pad([[1] * len(row) for row in inputs], 0, self.side),
+        }
+
+    def _choices(self, examples: Sequence[Any], inputs: list[list[list[int]]]) -> dict[str, Tensor]:
+        most = max(map(len, inputs))
+
+        def padded(values: Sequence[Sequence[Sequence[int]]], value: int = 0) -> Tensor:
+            rows = [row for own in values for row in [*own, *([[]] * (most - len(own)))]]
+            return pad(rows, value, self.side).view(len(values), most, -1)
+
+        mask = [[[1] * len(row) for row in own] for own in inputs]
+        tensors = {"input_ids": padded(inputs, self.pad_id), "attention_mask": padded(mask)}
+        types = [read(example, "token_type_ids") for example in examples]
+        return tensors if any(one is None for one in types) else {**tensors, "token_type_ids": padded(types)}
 
     def _labels(self, inputs: list[list[int]], labels: list[Any]) -> Tensor:
         if not isinstance(labels[0], Sequence | Tensor | np.ndarray):
@@ -106,9 +123,19 @@ def read(example: Any, field: str) -> Any:
     return example.get(field) if isinstance(example, Mapping) else getattr(example, field, None)
 
 
+def offers(inputs: Sequence[Any]) -> bool:
+    """Whether the inputs of examples are choices: lists of token lists."""
+    return len(inputs[0]) > 0 and isinstance(inputs[0][0], Sequence)
+
+
 def length(example: Any) -> int:
-    """Tokens that an example takes in a batch: its input, and its target where that is a text of its own."""
+    """Tokens that an example takes in a batch: its input, and its target where that is a text of its own.
+
+    One that offers choices takes as many times the longest; what other rows of its batch have more is not foreseen.
+    """
     inputs, labels = read(example, "input_ids"), read(example, "labels")
+    if offers([inputs]):
+        return len(inputs) * max(map(len, inputs))
     own = isinstance(labels, Sequence) and len(labels) != len(inputs)
     return len(inputs) + (len(labels) if own else 0)
 

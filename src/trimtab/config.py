@@ -37,7 +37,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "save_steps": _POSITIVE,
 }
 _CHOICES: dict[str, Any] = {
-    "task": Literal["classify", "generate"],
+    "task": Literal["classify", "regress", "tag", "choose", "generate"],
     "dtype": Literal["float32", "bfloat16", "float16", "auto"],
 }
 _SIGNS = {"model": "MODEL", "data": "DATA", "eval_data": "DATA", "output": "DIR", "method": "METHOD", "task": "TASK"}
@@ -289,7 +289,9 @@ def _shown(key: str, value: Any, origin: str) -> str:
 def _mistake(error: Mapping[str, Any], values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """Pydantic's message as one of our sentences."""
     key = str(error["loc"][0])
-    allowed = str(error["msg"]).replace("Input should be", "must be").partition(",")[0]
+    allowed = str(error["msg"]).replace("Input should be", "must be")
+    if key not in _CHOICES:
+        allowed = allowed.partition(",")[0]
     near: list[str] = []
     if key in _CHOICES and isinstance(values[key], str):
         near = difflib.get_close_matches(values[key], typing.get_args(_CHOICES[key]), n=1, cutoff=0.4)

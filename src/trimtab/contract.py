@@ -11,8 +11,9 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              context(query [B, heads, n, head_dim], scaling) -> [B, n, heads, head_dim], added to what attention gives;
              a part with prepare() has it called once a forward of the stack, one with `shift` = P moves the text's
              positions up by P where the family does so (one part a stack has it)
-    embeds   forward() -> virtual tokens [P, width]; `behind` = n puts them behind the text's first n tokens, in models
-             where they are inserted
+    embeds   forward() -> virtual tokens [P, width], in front of the input; `behind` = n puts them behind its first n
+             tokens, in models where they are inserted; a part with `first` (a buffer) has them in place of the token ids
+             first, first + 1, … instead
     head     forward(hidden) -> logits, in place of the base's head
 
 Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which

@@ -31,6 +31,10 @@ def write_weights(source: nn.Module, target: nn.Module) -> None:
         setattr(owner, name.rpartition(".")[2], new)
 
 
+def _in_precision(value: Any, precision: torch.dtype) -> Any:
+    return value.to(precision) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 class ModuleCopy(nn.Module):
     """y = copy(x), where `copy` starts as the base's module and is trained."""
 
@@ -46,8 +50,10 @@ class ModuleCopy(nn.Module):
         return cls(plain_copy(site.module))
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The module's own signature."""
-        return self.copy(*args, **kwargs)
+        """The module's own signature, computed in the precision of the trained weights."""
+        precision = next(self.copy.parameters()).dtype
+        named = {name: _in_precision(value, precision) for name, value in kwargs.items()}
+        return self.copy(*(_in_precision(value, precision) for value in args), **named)
 
     def resize(self, before: int, after: int) -> None:
         """Give the last projection, if it has `before` outputs, `after` of them; their values are to be loaded."""
@@ -74,6 +80,10 @@ class NormCopy(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x [..., width] -> the normalised x under the trained weights"""
+        if isinstance(
+            self.copy, nn.LayerNorm
+        ):  # the GPU's kernel takes one precision only; RMSNorms widen by themselves
+            x = x.to(self.copy.weight.dtype)
         return self.copy(x).to(y.dtype)
 
     def write_into(self, module: nn.Module) -> None:

@@ -21,7 +21,7 @@ class Draft:
     prompt: Prompt
     answers: list[str]
     """As they follow the prompt, their leading space included; the first is the one to learn."""
-    target: int | list[str]
+    target: int | float | list[str]
 
 
 class Form(Protocol):

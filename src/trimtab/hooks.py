@@ -72,7 +72,7 @@ class HeadHook:
         self.part, self.switch = part, switch
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.part(*args, **kwargs) if self.switch.on else None
+        return self.part(*args, **kwargs).to(output.dtype) if self.switch.on else None
 
 
 class DetachInput:

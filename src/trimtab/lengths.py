@@ -37,7 +37,7 @@ def virtual_tokens(method: Any, config: Any) -> int:
     members = getattr(method, "methods", (method,) if method else ())
     shifts = any(stack.shift for stack in family.stacks)
     taking = [member for member in members if "embeds" in member.kinds or (shifts and _shifts(member))]
-    return sum(member.length for member in taking)
+    return sum(getattr(member, "in_front", member.length) for member in taking)
 
 
 def _shifts(method: Any) -> bool:

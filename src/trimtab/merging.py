@@ -50,6 +50,8 @@ def merge_run(folder: str | Path, output: str | Path, *, overwrite: bool = False
 def probe_logits(run: Tuned) -> torch.Tensor:
     """The model's logits on a fixed text."""
     ids = run.tokenizer(PROBE, return_tensors="pt", truncation=True, max_length=32)["input_ids"].to(run.model.device)
+    if run.kind == "encoder" and run.task.head == "choices":
+        ids = ids[:, None]  # [B, choices, n]
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if run.kind == "seq2seq" else {})}
     run.model.eval()
     with torch.no_grad():

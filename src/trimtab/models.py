@@ -1,5 +1,5 @@
 """Where a base model comes from and which of the three kinds it is. Knows transformers' loaders and file layouts;
-refuses to know methods, tasks' contents and training.
+refuses to know methods, what tasks do and training.
 
 A source is a hub id, a local folder, `pkg:NAME/path` inside an installed package, or a GGUF file (also on the hub:
 `owner/name/file.gguf`). Nothing that exists locally touches the network.
@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +23,42 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as MULTIPLE_CHOICE
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCES
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as TOKENS
 
+from trimtab.arch import FAMILIES
 from trimtab.data import resolve
 from trimtab.errors import UserError, unknown
+from trimtab.tasks import Task, task_class
 
 Kind = Literal["causal", "seq2seq", "encoder"]
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 CONVERTED = "gguf-1"
 """The cache's sub-folder; the number grows when converted files would come out differently."""
-_CLASSES = {
-    "causal": transformers.AutoModelForCausalLM,
-    "seq2seq": transformers.AutoModelForSeq2SeqLM,
-    "encoder": transformers.AutoModelForSequenceClassification,
+_CLASSES = {"causal": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
+_NAMES = {"causal": "a causal language model", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an encoder gets on top."""
+
+    loader: Any
+    """The class of transformers that loads it."""
+    families: Any
+    """The model types that have one."""
+    options: Mapping[str, Any]
+    """What its configuration says besides the labels."""
+
+
+HEADS = {
+    "classification": Head(transformers.AutoModelForSequenceClassification, SEQUENCES, {}),
+    "regression": Head(
+        transformers.AutoModelForSequenceClassification, SEQUENCES, {"num_labels": 1, "problem_type": "regression"}
+    ),
+    "tags": Head(transformers.AutoModelForTokenClassification, TOKENS, {}),
+    "choices": Head(transformers.AutoModelForMultipleChoice, MULTIPLE_CHOICE, {"num_labels": 1}),
 }
 
 
@@ -42,12 +66,13 @@ def load_model(
     source: str,
     kind: Kind,
     *,
+    head: str = "classification",
     labels: Sequence[str] = (),
     dtype: str = "float32",
     device: str | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """The base model of one kind, in eval mode; an encoder gets a classification head for `labels`.
+    """The base model of one kind, in eval mode; an encoder gets a head (of HEADS), with a class for each of `labels`.
 
     What the files do not have (a head that fits the labels, BERT's pooler) is made anew, the same for the same `seed`.
     Raises UserError if there is no such model.
@@ -56,14 +81,21 @@ def load_model(
         raise unknown("dtype", dtype, DTYPES)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if kind == "encoder":
-        names = dict(enumerate(labels))
-        options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-        options |= {"num_labels": len(names), "ignore_mismatched_sizes": True}
+        options |= {"ignore_mismatched_sizes": True, **HEADS[head].options}
+        if labels:
+            names = dict(enumerate(labels))
+            options |= {"num_labels": len(names), "id2label": names}
+            options |= {"label2id": {name: index for index, name in names.items()}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _load(_CLASSES[kind], source, **options)
+        model = _load(HEADS[head].loader if kind == "encoder" else _CLASSES[kind], source, **options)
     model.config._name_or_path = portable(source)  # adapters note where their base came from
     return model.to(device) if device else model
+
+
+def load_for(task: Task, source: str, kind: Kind, **options: Any) -> PreTrainedModel:
+    """`load_model` with the head and the labels of a task."""
+    return load_model(source, kind, head=task.head or "", labels=getattr(task, "labels", ()), **options)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -83,16 +115,34 @@ def load_config(source: str) -> PreTrainedConfig:
 
 
 def kind_of(source: str, task: str) -> Kind:
-    """The kind of model that `task` ("classify" or "generate") gets from this source, by its configuration.
+    """The kind of model that the task of this name gets from this source, by its configuration.
 
     Encoder-decoders are "seq2seq"; a model saved as a causal language model, or whose type is one and has no masked
-    language model, is "causal"; every other is "encoder". Raises UserError for an encoder asked to generate.
+    language model, is "causal"; every other is "encoder". Raises UserError for a model that cannot do the task.
     """
-    config = load_config(source)
+    config, wanted = load_config(source), task_class(task)
     kind = _kind_of_config(config)
-    if task == "generate" and kind == "encoder":
-        raise UserError(f"{source!r} ({config.model_type}) is an encoder and cannot generate; use the task 'classify'")
+    if kind not in wanted.kinds or (kind == "encoder" and config.model_type not in _families(wanted)):
+        raise UserError(
+            f"{source!r} ({config.model_type}) is {_NAMES[kind]} and cannot {task}; models that can: {_able(wanted)}"
+        )
     return kind
+
+
+def _families(task: type[Task]) -> Any:
+    """The types of encoders that have a head for a task."""
+    return HEADS[task.head].families if task.head else ()
+
+
+def _able(task: type[Task]) -> str:
+    """The models that can do a task: kinds, and of encoders those that an adapter can be attached to."""
+    kinds = [f"{name} models" for name in task.kinds if name != "encoder"]
+    encoders = [name for name in FAMILIES if name in _families(task) and _is_encoder(name)]
+    return ", ".join([*kinds, *([f"encoders ({', '.join(encoders)})"] if encoders else [])])
+
+
+def _is_encoder(model_type: str) -> bool:
+    return _kind_of_config(AutoConfig.for_model(model_type)) == "encoder"
 
 
 def _kind_of_config(config: PreTrainedConfig) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 import json
 import sys
@@ -95,16 +96,26 @@ def _table(path: Path, rows: list[dict[str, Any]]) -> Dataset:
 
 
 def _unfit(path: Path, rows: list[dict[str, Any]], names: list[str]) -> UserError:
-    """Names the column whose values do not make one column."""
+    """Names the column whose values do not make one column, and the first row that does not go with those above it."""
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if reason := _misfit(values):
+            number = bisect.bisect_left(range(len(values)), True, key=lambda count: bool(_misfit(values[:count])))
+            return UserError(
+                f"{path}: column {name!r} does not hold one kind of value in all rows; row {number}: {reason}"
+            )
+    return UserError(f"{path}: the rows do not make a table")
+
+
+def _misfit(values: list[Any]) -> str:
+    """Why values do not make one column; empty if they do."""
     import pyarrow
 
-    for name in names:
-        try:
-            pyarrow.array([row.get(name) for row in rows])
-        except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError) as error:
-            reason = str(error).partition("\n")[0]
-            return UserError(f"{path}: column {name!r} does not hold one kind of value in all rows ({reason})")
-    return UserError(f"{path}: the rows do not make a table")
+    try:
+        pyarrow.array(values)
+    except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError) as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def _read_separated(path: Path, delimiter: str) -> Dataset:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from trimtab.attention import AttentionSetting, Recorded
+from trimtab.errors import UserError
+from trimtab.lengths import position_limit
 from trimtab.sites import EmbedsSite, KVSite, Sites
 
 
@@ -17,10 +19,18 @@ def keys_and_values(sites: Sites, setting: AttentionSetting, ids: Sequence[int])
 
     In rotary models the text stands at the positions -P…-1, in front of whatever follows it. The decoder of an
     encoder-decoder reads the ids as well, and attends to what the encoder makes of them.
+
+    Raises UserError for more ids than the model has positions.
     """
     reading = next((site for site in sites.embeds if site.embedding is not None), None)
     if reading is None:
         return {}
+    limit = position_limit(reading.body.config)
+    if limit is not None and len(ids) > limit:
+        raise UserError(
+            f"this model has {limit} positions, too few to read {len(ids)} tokens: "
+            f"a prefix that starts from real tokens may have a length of at most {limit} here"
+        )
     tokens = torch.tensor([list(ids)], device=reading.embedding.weight.device)
     modes = [(module, module.training) for module in reading.body.modules()]
     with setting.recording(sites.kv) as found:
@@ -35,12 +45,12 @@ def keys_and_values(sites: Sites, setting: AttentionSetting, ids: Sequence[int])
 
 
 def _run(site: EmbedsSite, tokens: torch.Tensor) -> None:
-    length = tokens.shape[1]
+    places = {}
+    if site.positions == "rotary":
+        places["position_ids"] = torch.arange(-tokens.shape[1], 0, device=tokens.device)[None]
     if site.attentions[0].causal:
-        start = -length if site.positions == "rotary" else 0
-        places = torch.arange(start, start + length, device=tokens.device)[None]
-        site.body(input_ids=tokens, position_ids=places, use_cache=False)
+        site.body(input_ids=tokens, use_cache=False, **places)
         return
-    states = site.body(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
+    states = site.body(input_ids=tokens, attention_mask=torch.ones_like(tokens), **places)[0]
     if isinstance(site.reader, nn.Module):
         site.reader(input_ids=tokens, encoder_hidden_states=states, use_cache=False)

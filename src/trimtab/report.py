@@ -40,8 +40,12 @@ _COLOURS = {
 _DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib
 _TITLES = {
     "accuracy": "accuracy",
+    "entity_f1": "entity F1",
     "macro_f1": "macro F1",
     "mcc": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "mse": "mean squared error",
     "loss": "loss",
     "perplexity": "perplexity",
     "bleu": "BLEU",
@@ -502,8 +506,8 @@ On the command line, from the folder that holds this one:
 
 ```bash
 trimtab eval {{ title }} --data DATA
-{% if task.get("name") == "generate" %}
-trimtab generate {{ title }} --prompt "…"
+{% if task %}
+trimtab generate {{ title }} --prompt "…"{{ ' --choice "…" --choice "…"' if task.get("choices_column") }}
 {% endif %}
 {% if merges %}
 trimtab merge {{ title }} --output merged   # an ordinary model folder

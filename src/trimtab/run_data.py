@@ -46,6 +46,7 @@ def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
         kind=kind,
         text_column=settings.text_column,
         label_column=settings.label_column,
+        choices_column=settings.choices_column,
         template=settings.template,
         chat=settings.chat,
         label_words=settings.label_words,

@@ -24,11 +24,13 @@ class TrainSettings:
     method: Any = "lora"
     """What to train: a method string such as 'lora[r=8]', or a method object."""
     task: str = "classify"
-    """classify or generate."""
+    """classify, regress, tag, choose or generate."""
     text_column: str | None = None
-    """Column that holds the text; nested keys as input.-1.content."""
+    """Column that holds the text, the words or the question; nested keys as input.-1.content."""
     label_column: str | None = None
-    """Column that holds the label or the answer."""
+    """Column that holds the label, the number, the tags or the answer."""
+    choices_column: str | None = None
+    """Column that holds a list of choices to choose from, or one column a choice: a,b,c."""
     label_words: Mapping[str, str] | None = None
     """What a language model says for each label, e.g. 0=no,1=yes."""
     template: str | None = None

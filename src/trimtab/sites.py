@@ -201,7 +201,7 @@ class Sites:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.family: Family = family_of(model.config.model_type)
+        self.family: Family = family_of(model.config.model_type).of(model.config)
         root = _root(model, self.family)
         names = {id(module): path for path, module in model.named_modules()}
         self.layer_modules: dict[str, tuple[nn.Module, ...]] = {}

@@ -19,6 +19,10 @@ ANCHOR = "\n"
 """What an answer is tokenised after: sentencepiece marks the first piece of a string, which an answer never is."""
 
 
+PSEUDO = "<|p{}|>"
+"""How a pseudo token of a template is written; its id follows those of the vocabulary."""
+
+
 @dataclass(frozen=True)
 class Codec:
     """A tokenizer in its part for one kind of model, with or without its chat template."""
@@ -37,9 +41,9 @@ class Codec:
     def of(cls, tokenizer: Any, kind: str, chat: bool) -> Codec:
         """Raises UserError for a chat without a chat template."""
         frame = chat_frame(tokenizer) if chat else None
-        front, back = _special_ends(tokenizer)
+        front, back = special_ends(tokenizer)
         if kind != "causal":
-            return cls(tokenizer, kind, frame, (front, back), _special_ends(tokenizer, "text_target"))
+            return cls(tokenizer, kind, frame, (front, back), special_ends(tokenizer, "text_target"))
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return cls(tokenizer, kind, frame, ([] if frame else front, []), ([], end))  # a chat template has its own bos
 
@@ -48,7 +52,7 @@ class Codec:
         if self.kind == "causal":
             texts = [text.rstrip(" ") for text in texts]  # the space before an answer is the answer's
         front, back = self.ends
-        return [ids + back if ids[: len(front)] == front else front + ids + back for ids in self._plain(texts)]
+        return [ids + back if ids[: len(front)] == front else front + ids + back for ids in self.plain(texts)]
 
     def answers(self, texts: list[str], end: bool) -> list[Ids]:
         """Token ids of answers, spaces in front included; with `end` also what ends them (eos or the chat's mark)."""
@@ -100,7 +104,8 @@ class Codec:
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [end for _, end in found["offset_mapping"] if end]
 
-    def _plain(self, texts: list[str]) -> list[Ids]:
+    def plain(self, texts: list[str]) -> list[Ids]:
+        """Token ids of texts without any special tokens."""
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _target(self, texts: list[str]) -> list[Ids]:
@@ -108,22 +113,55 @@ class Codec:
 
     def _continued(self, texts: list[str]) -> list[Ids]:
         """Token ids of texts that continue another."""
-        anchor = self._plain([ANCHOR])[0]
-        joined = self._plain([ANCHOR + text for text in texts])
+        anchor = self.plain([ANCHOR])[0]
+        joined = self.plain([ANCHOR + text for text in texts])
         alone = [ids[: len(anchor)] != anchor for ids in joined]  # merged with the anchor
-        apart = iter(self._plain([text for text, merged in zip(texts, alone, strict=True) if merged]))
+        apart = iter(self.plain([text for text, merged in zip(texts, alone, strict=True) if merged]))
         return [next(apart) if merged else ids[len(anchor) :] for ids, merged in zip(joined, alone, strict=True)]
 
 
-def _special_ends(tokenizer: Any, argument: str = "text") -> tuple[Ids, Ids]:
+@dataclass(frozen=True)
+class PairFrame:
+    """What a tokenizer puts around two texts that are read together, and the segment that each is in."""
+
+    front: Ids
+    middle: Ids
+    """Between the texts; in the first one's segment."""
+    back: Ids
+    segments: tuple[int, int] | None
+    """Token types of the first text and of the second; None if the tokenizer gives none."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> PairFrame:
+        """Found by joining a text with itself."""
+        probe, plain = _probe(tokenizer)
+        whole = tokenizer(probe, probe)
+        ids, types = whole["input_ids"], whole.get("token_type_ids")
+        first = _find(plain, ids, 0)
+        second = _find(plain, ids, first + len(plain))
+        segments = None if types is None else (types[first], types[second])
+        return cls(ids[:first], ids[first + len(plain) : second], ids[second + len(plain) :], segments)
+
+
+def special_ends(tokenizer: Any, argument: str = "text") -> tuple[Ids, Ids]:
     """The special tokens that the tokenizer puts before and after a text."""
+    probe, plain = _probe(tokenizer, argument)
+    whole = tokenizer(**{argument: probe})["input_ids"]
+    at = _find(plain, whole, 0)
+    return whole[:at], whole[at + len(plain) :]
+
+
+def _probe(tokenizer: Any, argument: str = "text") -> tuple[str, Ids]:
+    """A text that has tokens, and what they are."""
     for probe in _probes(tokenizer):
         plain = tokenizer(**{argument: probe}, add_special_tokens=False)["input_ids"]
         if plain:
             break
-    whole = tokenizer(**{argument: probe})["input_ids"]
-    at = next(at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
-    return whole[:at], whole[at + len(plain) :]
+    return probe, plain
+
+
+def _find(part: Ids, whole: Ids, start: int) -> int:
+    return next(at for at in range(start, len(whole)) if whole[at : at + len(part)] == part)
 
 
 def _probes(tokenizer: Any) -> Iterator[str]:

@@ -24,7 +24,7 @@ from trimtab.errors import UserError, unknown
 from trimtab.lengths import fitting_length
 from trimtab.memory import peak_mb, reset_peak
 from trimtab.methods.spec import parse_method
-from trimtab.models import load_config, load_model
+from trimtab.models import load_config, load_for
 from trimtab.run_data import Data, load_data
 from trimtab.run_folder import LOG, begin, check_output, check_resume, finish
 from trimtab.settings import TrainSettings
@@ -49,8 +49,8 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
     settings = resolved(settings, data)
     check_resume(folder, settings)
     set_seed(settings.seed)
-    labels, words = (getattr(data.task, name, ()) for name in ("labels", "words"))  # of a task that has some
-    model = load_model(settings.model, data.kind, labels=labels, dtype=settings.dtype, seed=settings.seed)
+    words = getattr(data.task, "words", ())  # of a task that has some
+    model = load_for(data.task, settings.model, data.kind, dtype=settings.dtype, seed=settings.seed)
     adapter = attach(model, settings.method, settings.name, tokenizer=data.tokenizer, labels=words)
     trainer = make_trainer(settings, folder, data, adapter, show)
     main = trainer.is_world_process_zero()

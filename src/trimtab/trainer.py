@@ -27,10 +27,9 @@ from transformers.trainer_callback import ExportableState
 
 from trimtab.adapter import Adapter, adapters
 from trimtab.batches import Collator, TokenBatches, length
-from trimtab.consistency import consistency_loss
 from trimtab.errors import UserError
-from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, label_only
 from trimtab.methods.spec import format_method
+from trimtab.objectives import Objective, objective_of
 from trimtab.snapshots import ABOUT, WEIGHTS, building, checkpoint_path, last_checkpoint, read_about, rotate, sweep
 from trimtab.watch import Guard, Interrupt, Meter, StepBar, StepLog
 
@@ -154,49 +153,36 @@ class Trainer(transformers.Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy over the labels, projected to the vocabulary there alone (everywhere with `return_outputs`).
+        """The loss of what the labels ask for (objectives.py), projected to the vocabulary where a label is alone.
 
-        What is neither a language model nor a classification of whole inputs (regression, token classification, a
-        loss function of the user's, label smoothing) is left to transformers.
+        With `return_outputs` everywhere. What has no objective here (several labels a row, a loss function of the
+        user's, label smoothing) is left to transformers; UserError for a method that needs a second forward there.
         """
         base = self.accelerator.unwrap_model(model)
-        if not self._is_ours(base, inputs):
+        weight = getattr(self.adapter.method, "consistency", 0.0) if model.training else 0.0
+        objective = self._objective(base, inputs)
+        if objective is None:
+            if weight > 0:
+                raise UserError(
+                    f"{self.adapter.method.name} compares two forwards, which this loss has no measure for; "
+                    "set consistency=0"
+                )
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return found if return_outputs or not model.training else found / self.current_gradient_accumulation_steps
-        outputs, targets = self._forward(model, base, inputs, everywhere=return_outputs)
-        loss = label_loss(outputs.logits, targets, num_items_in_batch)
-        weight = getattr(self.adapter.method, "consistency", 0.0)
-        if weight > 0 and model.training:
-            again, _ = self._forward(model, base, inputs, everywhere=return_outputs)
-            loss = loss + weight * consistency_loss(outputs.logits, again.logits, num_items_in_batch)
+        outputs, logits, targets = objective.forward(model, base, inputs, everywhere=return_outputs)
+        loss = objective.loss(logits, targets, num_items_in_batch)
+        if weight > 0:
+            _, again, _ = objective.forward(model, base, inputs, everywhere=return_outputs)
+            loss = loss + weight * objective.divergence(logits, again, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which then average their gradients
         return (loss, outputs) if return_outputs else loss
 
-    def _forward(
-        self, model: nn.Module, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool
-    ) -> tuple[Any, Tensor]:
-        """The model's outputs and the targets of their logits: one a row, or one a labelled position."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        if labels.dim() == 1:
-            return model(**inputs), labels
-        inputs["use_cache"] = False
-        if base.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = decoder_inputs(base, labels)
-        if everywhere:
-            return model(**inputs), align_labels(base, labels)
-        with label_only(base, labels) as targets:
-            return model(**inputs), targets
-
-    def _is_ours(self, base: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-        """Whether the loss is the cross-entropy that this class computes."""
-        labels = inputs.get("labels")
-        if labels is None or self.compute_loss_func is not None or self.label_smoother is not None:
-            return False
-        if labels.dim() == 1:
-            return not labels.is_floating_point() and getattr(base.config, "num_labels", 2) > 1
-        return labels.dim() == 2 and base.get_output_embeddings() is not None and "input_ids" in inputs
+    def _objective(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | None:
+        """What is learned, unless the user asked for another loss."""
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return None
+        return objective_of(base, inputs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The next batches of an optimizer step and how many labels they have together, over all processes."""
@@ -204,9 +190,13 @@ class Trainer(transformers.Trainer):
         if not batches:
             return batches, None
         base = self.accelerator.unwrap_model(self.model)
-        if not all(self._is_ours(base, batch) for batch in batches):
-            return batches, None
-        count = torch.stack([_label_count(base, batch["labels"]) for batch in batches]).sum().to(device)
+        counts: list[Tensor] = []
+        for batch in batches:
+            objective = self._objective(base, batch)
+            if objective is None:
+                return batches, None
+            counts.append(objective.count(base, batch["labels"]))
+        count = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return batches, count
@@ -406,10 +396,6 @@ def _tokens(inputs: dict[str, Any]) -> Tensor:
     if mask is not None:
         return mask.sum()
     return torch.tensor(next(iter(inputs.values())).shape[0] if ids is None else ids.numel())
-
-
-def _label_count(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    return ((labels if labels.dim() == 1 else align_labels(model, labels)) != IGNORED).sum()
 
 
 def _whole(adapter: Adapter) -> bool:

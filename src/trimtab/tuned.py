@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from trimtab.checkpoint import load, read_adapter_config
 from trimtab.data import limit, load_rows, resolve
 from trimtab.errors import UserError
 from trimtab.evaluate import evaluate, predict
+from trimtab.forms import Row
 from trimtab.lengths import fitting_length, prompt_length
 from trimtab.methods.spec import method_from_dict
-from trimtab.models import Kind, kind_of, load_config, load_model, load_tokenizer, same_source
+from trimtab.models import Kind, kind_of, load_config, load_for, load_tokenizer, same_source
 from trimtab.run_data import encode, split_rows
 from trimtab.run_folder import RUN, begun
 from trimtab.settings import TrainSettings
-from trimtab.tasks import Task, task_from_config
+from trimtab.tasks import Task, encode_all, task_from_config
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,37 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
     whole = bool(getattr(method, "whole_model", False))
     source = str(folder) if whole else _base(folder, config, run)
     kind = kind_of(source, task.name)
-    labels = getattr(task, "labels", ())  # of a task that has some
     dtype, seed = (getattr(run or TrainSettings, key) for key in ("dtype", "seed"))
-    model = load_model(source, kind, labels=labels, device=device, dtype=dtype, seed=seed)
+    model = load_for(task, source, kind, device=device, dtype=dtype, seed=seed)
     if not whole:
         load(model, folder)
     longest = fitting_length(method, load_config(source), run.max_length if run else None)
     return Tuned(model, load_tokenizer(source), task, kind, longest)
 
 
-def ask(run: Tuned, prompt: str, max_new_tokens: int) -> str:
-    """What a run answers to a text: the label, or at most so many tokens; the text is cut to leave room for them."""
+def ask(run: Tuned, prompt: str, max_new_tokens: int, choices: Sequence[str] = ()) -> str:
+    """What a run answers to a text: of `choices` where its task is to choose, else the label, the number, the tags, or
+    at most so many tokens; the text is cut to leave room for them.
+
+    Raises UserError for choices that the task does not take, and for fewer than two where it does.
+    """
     longest = run.max_length
-    if run.task.name == "generate":
+    if run.task.writes:
         method = next((adapter.method for adapter in adapters(run.model).values()), None)
         longest = prompt_length(method, run.model.config, longest, max_new_tokens)
-    example = run.task.encode(prompt, run.tokenizer, longest, run.kind)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "show": False}
-    return predict(run.model, run.tokenizer, run.task, [example], run.kind, **options)[0]
+    row = {**run.task.question(prompt), **_offered(run.task, choices)}
+    examples = encode_all(run.task, [row], run.tokenizer, longest, run.kind, asking=True)
+    return predict(run.model, run.tokenizer, run.task, examples, run.kind, max_new_tokens=max_new_tokens, show=False)[0]
+
+
+def _offered(task: Task, choices: Sequence[str]) -> Row:
+    """The part of a row that holds its choices."""
+    offered = getattr(task, "offered", None)  # of a task whose rows have some
+    if offered is not None:
+        return offered(choices)
+    if choices:
+        raise UserError(f"the task {task.name!r} takes no choices")
+    return {}
 
 
 def _base(folder: Path, config: Mapping[str, Any], run: TrainSettings | None) -> str:

@@ -1,6 +1,6 @@
 """Virtual tokens in front of a stack's input: the installer of `embeds` sites. Knows no method.
 
-Three ways, chosen by the family (arch.Stack.insert):
+Three ways to the front, chosen by the family (arch.Stack.insert):
 
 - shared: in a causal model the virtual tokens do not depend on the text, so they are run through the base once a
   forward, and every row attends to their keys and values. Same result as concatenation, at 1/batch of its cost.
@@ -8,6 +8,8 @@ Three ways, chosen by the family (arch.Stack.insert):
   and causal ones outside the attention interface); a decoder that reads an encoder attends to them. A part with
   `behind` = n has them stand behind the text's first n tokens.
 - states: put in front of the first layer's input, for stacks that read pictures or sound.
+
+And one inside: a template's pseudo tokens, ids from the part's `first` on, take the virtual tokens' embeddings.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from trimtab.sites import EmbedsSite, Module
 
 
 def install_embeds(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
-    """Hooks the part's virtual tokens [P, width] to the front of the site's stack."""
+    """Hooks the part's virtual tokens [P, width] to the front of the site's stack, or to their places in its input."""
+    if not stands_in_front(part):
+        return [site.body.register_forward_pre_hook(PlacedTokens(site, part, switch), with_kwargs=True)]
     if site.insert == "shared":
         return _install_shared(site, part, switch)
     if site.insert == "tokens":
@@ -62,6 +66,34 @@ def _install_end(site: EmbedsSite, front: FrontTokens | FrontStates) -> list[Any
     return [site.layers[-1].register_forward_hook(CutFront(front))]
 
 
+def stands_in_front(part: nn.Module) -> bool:
+    """Whether a part's virtual tokens stand in front of the input; those with a first id are inside it."""
+    return not hasattr(part, "first")
+
+
+class PlacedTokens:
+    """Gives the token ids first, first + 1, … the virtual tokens' embeddings."""
+
+    def __init__(self, site: EmbedsSite, part: Any, switch: Switch):
+        self.site, self.part, self.switch = site, part, switch
+
+    def __call__(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.switch.on:
+            return None
+        kwargs = named_arguments(body, args, kwargs)
+        ids = kwargs.get("input_ids")
+        if ids is None or not bool((placed := ids >= self.part.first).any()):
+            return None
+        text = dict(kwargs)
+        kwargs["input_ids"] = None
+        embeds = self.site.embedding(ids.masked_fill(placed, 0))
+        rows = self.part()[(ids - self.part.first)[placed]].to(embeds.dtype)
+        kwargs["inputs_embeds"] = embeds.masked_scatter(placed[..., None], rows)
+        if self.site.positions == "padded" and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = padded_positions(body, text)
+        return (), kwargs
+
+
 class SharedTokens:
     """Runs the virtual tokens through the base once, before the text, and keeps each layer's keys and values."""
 
@@ -83,7 +115,7 @@ class SharedTokens:
             self.record = self._run(body)
             self.cache = None if past is None or torch.is_grad_enabled() else weakref.ref(past)
         if self.site.positions == "learned":
-            kwargs["position_ids"] = positions(kwargs) + self.part().shape[0]
+            kwargs["position_ids"] = positions(kwargs) + self.record[0][0].shape[-2]
         return (), kwargs
 
     def _continues(self, past: Any) -> bool:

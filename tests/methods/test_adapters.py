@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, OPTConfig, OPTForCausalLM
 
 import trimtab as tt
 from tiny import inputs, output, tiny
@@ -222,3 +222,26 @@ def test_mistakes(method: str, sentence: str) -> None:
     with pytest.raises(tt.UserError, match=sentence):
         tt.attach(model, method)
     assert not hasattr(model, "trimtab") and all(p.requires_grad for p in model.parameters())
+
+
+def test_opt_with_norms_behind_the_branches() -> None:
+    """OPT-350m's layers: LN(f + x) after each branch, which pfeiffer passes once more, by hand in float64."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16,
+        max_position_embeddings=64, do_layer_norm_before=False,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).double().eval()
+    adapter = tt.attach(model, "pfeiffer[size=4]")
+    for parameter in adapter.parameters():
+        parameter.data.normal_()
+    layer = model.model.decoder.layers[1]
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    part = model.trimtab.entries["default"].parts["layer1_feedforward"]
+    down, up = part.adapter.down, part.adapter.up
+    with torch.no_grad():
+        hidden = layer.self_attn_layer_norm(x + layer.self_attn(x)[0])
+        f = torch.relu(hidden @ layer.fc1.weight.T + layer.fc1.bias) @ layer.fc2.weight.T + layer.fc2.bias
+        z = layer.final_layer_norm(f + hidden)
+        adapted = f + torch.relu(z @ down.weight.T + down.bias) @ up.weight.T + up.bias
+        assert torch.allclose(layer(x), layer.final_layer_norm(adapted + hidden), atol=1e-10)

@@ -115,7 +115,7 @@ def test_merge_of_half_precision_is_computed_in_float32() -> None:
 PEFT_NAMES = {
     "llama": {"q": "q_proj", "v": "v_proj", "down": "down_proj"},
     "gpt2": {"o": "attn.c_proj", "up": "c_fc"},
-    "bert": {"q": "query", "v": "value"},
+    "bert": {"q": "query", "v": "value", "up": "intermediate.dense"},
     "t5": {"q": "q", "v": "v"},
 }
 
@@ -137,4 +137,5 @@ def test_equals_peft(family: str) -> None:
             layer.lora_A["default"].weight.copy_(part.A)
             layer.lora_B["default"].weight.copy_(part.B)
         batch = inputs(family)
-        assert torch.allclose(output(model, batch), other(**batch).logits, atol=1e-5)
+        assert torch.allclose(output(model, batch), other(**batch).logits, rtol=0, atol=1e-5)
+        assert not torch.allclose(output(model, batch), output(tiny(family), batch), atol=1e-2)

@@ -16,6 +16,7 @@ from trimtab.methods.layernorm import LayerNorm
 from trimtab.methods.llama_adapter import LlamaAdapter
 from trimtab.methods.llama_adapter_v2 import LlamaAdapterV2
 from trimtab.methods.lora import LoRA
+from trimtab.methods.p_tuning import PTuning
 from trimtab.methods.p_tuning_v2 import PTuningV2
 from trimtab.methods.parallel import Parallel
 from trimtab.methods.pfeiffer import Pfeiffer

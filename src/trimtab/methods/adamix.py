@@ -8,6 +8,8 @@ own is pulled towards it, and it towards the second:
 
     loss = CE(p_1) + consistency · (KL(p_1 ‖ p_2) + KL(p_2 ‖ p_1)) / 2,     targets detached
 
+Of a number, which has no distribution, the squared error and the squared difference of the two forwards stand there.
+
 Afterwards the experts' parameters are averaged into one adapter, which is what evaluation uses all along. The LoRA form
 does the same with A and B of LoRA on queries and values (averaged apart, then multiplied); its experts start equal.
 Deployed parameters, L layers: L · (2 · width · size + width + size), or Σ size · (in + out) in the LoRA form; in

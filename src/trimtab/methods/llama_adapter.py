@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from trimtab.arch import select_layers
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError
 from trimtab.sites import KVSite, LinearSite, Sites
@@ -43,7 +44,7 @@ class LlamaAdapter:
 
     name: ClassVar[str] = "llama-adapter"
     kinds: ClassVar[frozenset[str]] = frozenset({"kv"})
-    lr: ClassVar[float] = 5e-3
+    lr: ClassVar[float] = 1e-2
     mergeable: ClassVar[bool] = False
     formula: ClassVar[str] = "layers·(length·width + heads)"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2303.16199"
@@ -51,6 +52,8 @@ class LlamaAdapter:
     def __post_init__(self) -> None:
         if self.length < 1:
             raise UserError(f"llama-adapter: length={self.length} must be at least 1")
+        if self.attention == "joint" and (self.gates != "head" or not self.tanh):
+            raise UserError("llama-adapter: attention=joint has no gates; leave out gates= and tanh=")
 
     def build(self, sites: Sites, context: Context) -> Parts:
         """Prompts and gates a chosen layer."""
@@ -68,11 +71,14 @@ class LlamaAdapter:
         return site.heads if self.gates == "head" else 1
 
     def chosen(self, sites: Sites) -> list[KVSite]:
-        """The self-attentions of the chosen layers; in encoder-decoders those of the decoder."""
+        """The self-attentions of the chosen layers; in encoder-decoders those of the decoder.
+
+        Raises UserError for layers out of range.
+        """
         stack = list(sites.layer_modules)[-1]
-        lowest = len(sites.layer_modules[stack]) // LEFT_OUT
-        found = [site for site in sites.kvs(self.layers) if site.stack == stack and not site.cross]
-        return [site for site in found if self.layers is not None or site.layer >= lowest]
+        count = len(sites.layer_modules[stack])
+        layers = range(count // LEFT_OUT, count) if self.layers is None else select_layers(self.layers, count)
+        return [site for site in sites.kv if site.stack == stack and not site.cross and site.layer in layers]
 
 
 class GatedPrompts(nn.Module):
@@ -88,10 +94,11 @@ class GatedPrompts(nn.Module):
     def context(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """query [batch, heads, n, head width] -> [batch, n, heads, head width]"""
         keys, values = projected(self.site[0], self.prompts)
-        own = query.float().unflatten(1, (keys.shape[0], -1))  # [batch, kv heads, heads of each, n, head width]
+        precision = torch.promote_types(query.dtype, torch.float32)
+        own = query.to(precision).unflatten(1, (keys.shape[0], -1))  # [batch, kv heads, heads of each, n, head width]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        weights = torch.softmax(torch.einsum("bkgnd,kpd->bkgnp", own * scale, keys.float()), dim=-1)
-        seen = torch.einsum("bkgnp,kpd->bnkgd", weights, values.float()).flatten(2, 3)
+        weights = torch.softmax(torch.einsum("bkgnd,kpd->bkgnp", own * scale, keys.to(precision)), dim=-1)
+        seen = torch.einsum("bkgnp,kpd->bnkgd", weights, values.to(precision)).flatten(2, 3)
         gate = self.gate.tanh() if self.tanh else self.gate
         return (gate[:, None] * seen).to(query.dtype)
 

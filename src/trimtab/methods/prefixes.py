@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from trimtab.contract import Context
 from trimtab.errors import UserError
-from trimtab.methods.starts import fitted, sampled
+from trimtab.methods.starts import NOISE, fit_last, fitted, sampled
 from trimtab.sites import KVSite, Site, Sites
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -41,16 +41,16 @@ def real_start(name: str, sites: Sites, context: Context, length: int, text: str
     if embedding is None:
         return {}
     if text is None:
-        ids = sampled(embedding.weight.shape[0], length)
+        ids = sampled(embedding, length)
     else:
         ids = fitted(context.token_ids(text, f"{name}[text=…]"), length)
     return {site: (keys.float(), values.float()) for site, (keys, values) in context.record(ids).items()}
 
 
 def random_start(site: KVSite, length: int) -> KeysValues:
-    """Noise of standard deviation 0.02."""
+    """Noise."""
     shape = (site.kv_heads, length, site.head_dim)
-    return 0.02 * torch.randn(shape), 0.02 * torch.randn(shape)
+    return NOISE * torch.randn(shape), NOISE * torch.randn(shape)
 
 
 def network_size(group: Sequence[KVSite], length: int, hidden: int) -> int:
@@ -74,10 +74,7 @@ class StoredPrefix(nn.Module):
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
-        return (
-            F.dropout(self.keys, self.dropout, self.training),
-            F.dropout(self.values, self.dropout, self.training),
-        )
+        return _dropped((self.keys, self.values), self.dropout, self.training)
 
 
 class Generator(nn.Module):
@@ -96,15 +93,10 @@ class Generator(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "current": []}  # a copy of the model makes its own
 
-    @torch.no_grad()
     def fit(self, start: Sequence[KeysValues]) -> None:
-        """Change W_2 as little as possible so that the outputs are `start`: exactly where P ≤ hidden."""
-        wanted = torch.cat(
-            [tensor.cpu().float().transpose(0, 1).flatten(1) for pair in start for tensor in pair], dim=1
-        )
-        hidden = torch.tanh(self.first(self.tokens))  # [P, hidden]
-        missing = wanted - self.last(hidden)  # [P, outputs]
-        self.last.weight += torch.linalg.lstsq(hidden, missing, driver="gelsd").solution.T
+        """Have W_2 make `start`: exactly where P ≤ hidden."""
+        wanted = torch.cat([tensor.transpose(0, 1).flatten(1).cpu() for pair in start for tensor in pair], dim=1)
+        fit_last(self.last, torch.tanh(self.first(self.tokens)), wanted)
 
     def prepare(self) -> None:
         """Make the keys and values of the present forward."""
@@ -112,19 +104,27 @@ class Generator(nn.Module):
 
     def compute(self) -> list[KeysValues]:
         """Of each attention keys and values [kv_heads, P, head_dim]."""
-        flat = F.dropout(self.last(torch.tanh(self.first(self.tokens))), self.dropout, self.training)
+        flat = self.last(torch.tanh(self.first(self.tokens)))
         pieces = iter(flat.split([heads * width for heads, width in self.shapes for _ in range(2)], dim=1))
         return [(_headed(next(pieces), heads), _headed(next(pieces), heads)) for heads, _ in self.shapes]
 
+    def at(self, index: int) -> KeysValues:
+        """keys, values [kv_heads, P, head_dim] of one attention in the present forward.
+
+        Dropout is drawn here, inside the layer: a checkpointed layer that is run again restores the random state and
+        sees the same draw, even where another forward has come in between.
+        """
+        return _dropped(self.current[index], self.dropout, self.training)
+
+    @torch.no_grad()
     def stored(self, index: int) -> StoredPrefix:
         """The inference form of one attention; the first of a set moves the text."""
-        before = self.training
-        self.training = False
-        try:
-            with torch.no_grad():
-                return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.length)
-        finally:
-            self.training = before
+        return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.length)
+
+
+def _dropped(pair: KeysValues, dropout: float, training: bool) -> KeysValues:
+    keys, values = pair
+    return F.dropout(keys, dropout, training), F.dropout(values, dropout, training)
 
 
 def _headed(flat: torch.Tensor, heads: int) -> torch.Tensor:
@@ -145,7 +145,7 @@ class Leader(nn.Module):
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
-        return self.generator.current[0]
+        return self.generator.at(0)
 
     def fold(self) -> StoredPrefix:
         """The keys and values themselves; the network goes."""
@@ -162,7 +162,7 @@ class Follower(nn.Module):
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
-        return self.generator[0].current[self.index]
+        return self.generator[0].at(self.index)
 
     def fold(self) -> StoredPrefix:
         """The keys and values themselves."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError
-from trimtab.methods.starts import fitted, sampled
+from trimtab.methods.starts import NOISE, embed, fitted, sampled, sampled_embeddings
 from trimtab.sites import EmbedsSite, Module, Sites
 
 
@@ -63,20 +63,20 @@ class Prompt:
         if site.embedding is None:  # pictures and sound have no vocabulary
             if self.text is not None or self.init == "labels":
                 raise UserError("prompt: this model reads no text, so its virtual tokens cannot start from words")
-            return torch.randn(self.length, site.width) * 0.02
+            return NOISE * torch.randn(self.length, site.width)
         if self.text is not None:
-            return _embed(site.embedding, fitted(context.token_ids(self.text, "prompt[text=…]"), self.length))
+            return embed(site.embedding, fitted(context.token_ids(self.text, "prompt[text=…]"), self.length))
         if self.init == "labels":
             return self._from_labels(site.embedding, context)
-        start = _embed(site.embedding, sampled(site.embedding.weight.shape[0], self.length))
+        start = sampled_embeddings(site, self.length)
         return torch.randn_like(start) * start.std() if self.init == "random" else start
 
     def _from_labels(self, embedding: Module, context: Context) -> torch.Tensor:
         """A row a label word (the mean over its tokens), the rest sampled from the vocabulary."""
         if not context.labels:
             raise UserError("prompt: init=labels needs the task's labels: attach(model, method, labels=[…])")
-        words = [_embed(embedding, context.token_ids(word, "prompt[init=labels]")).mean(0) for word in context.labels]
-        rest = _embed(embedding, sampled(embedding.weight.shape[0], self.length))
+        words = [embed(embedding, context.token_ids(word, "prompt[init=labels]")).mean(0) for word in context.labels]
+        rest = embed(embedding, sampled(embedding, self.length))
         return torch.cat([torch.stack(words), rest])[: self.length]
 
 
@@ -90,9 +90,3 @@ class VirtualTokens(nn.Module):
     def forward(self) -> torch.Tensor:
         """[length, width]"""
         return self.tokens
-
-
-@torch.no_grad()
-def _embed(embedding: Module, ids: list[int]) -> torch.Tensor:
-    """What the model's own embedding module gives for `ids` [len(ids), width] (some families scale inside it)."""
-    return embedding(torch.tensor(ids, device=embedding.weight.device)).detach().float().clone()

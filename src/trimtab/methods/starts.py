@@ -1,18 +1,48 @@
-"""Token ids that virtual tokens and prefixes start from. Knows vocabularies; refuses to know sites and methods."""
+"""Where virtual tokens and prefixes start: real tokens, and networks fitted to make them. Knows embeddings; refuses to
+know methods.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+from trimtab.sites import EmbedsSite, Module
 
 COMMON_TOKENS = 5000
 """Prompt tuning samples from the 5,000 most common tokens; vocabularies are listed roughly by frequency."""
+NOISE = 0.02
+"""Standard deviation of what starts from no real token."""
 
 
-def sampled(vocabulary: int, count: int) -> list[int]:
+def sampled(embedding: Module, count: int) -> list[int]:
     """`count` token ids out of the most common ones."""
-    return torch.randint(min(COMMON_TOKENS, vocabulary), (count,)).tolist()
+    return torch.randint(min(COMMON_TOKENS, embedding.weight.shape[0]), (count,)).tolist()
 
 
 def fitted(ids: list[int], length: int) -> list[int]:
     """The ids repeated or cut to `length`."""
     return (ids * (length // len(ids) + 1))[:length]
+
+
+@torch.no_grad()
+def embed(embedding: Module, ids: list[int]) -> torch.Tensor:
+    """What the model's own embedding module gives for `ids` [len(ids), width] (some families scale inside it)."""
+    return embedding(torch.tensor(ids, device=embedding.weight.device)).detach().float().clone()
+
+
+def sampled_embeddings(site: EmbedsSite, count: int) -> torch.Tensor:
+    """[count, width] of sampled tokens; noise where the input is no text."""
+    if site.embedding is None:
+        return NOISE * torch.randn(count, site.width)
+    return embed(site.embedding, sampled(site.embedding, count))
+
+
+@torch.no_grad()
+def fit_last(last: nn.Linear, inputs: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Change a layer's weight as little as possible so that `inputs` [P, in] give `wanted` [P, out].
+
+    By least squares: exactly where the inputs are linearly independent.
+    """
+    missing = wanted.cpu() - last(inputs)
+    last.weight += torch.linalg.lstsq(inputs, missing, driver="gelsd").solution.T

@@ -1,0 +1,158 @@
+"""P-tuning. Liu et al. 2021, GPT Understands, Too, arXiv:2103.10385.
+
+    P = MLP(BiLSTM(E)),     E [length, width] → P [length, width] → input embeddings of the pseudo tokens
+
+The pseudo tokens stand in front of the input, or where a template has them (`{p*3} {text} {p*3} It was {mask}`). A
+bidirectional LSTM of two layers with width / 2 units a direction (or nothing) reads E, and an MLP of two layers (three
+without the LSTM) with ReLU makes the embeddings. The last projection is fitted so that they start at embeddings of real
+tokens. After training the network is thrown away and the embeddings are kept. Deployed parameters: length · width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from trimtab.contract import Context, Parts
+from trimtab.errors import UserError
+from trimtab.methods.starts import fit_last, sampled_embeddings
+from trimtab.sites import EmbedsSite, Sites
+from trimtab.tokens import PSEUDO
+
+
+@dataclass(frozen=True)
+class PTuning:
+    """Pseudo tokens whose embeddings come out of a small network, in front of the input or inside a template."""
+
+    length: int = 20
+    """Number of pseudo tokens; in a template as many as it has."""
+    encoder: Literal["lstm", "mlp", "none"] = "lstm"
+    """The network while training: lstm (and an MLP), mlp, or none (the embeddings themselves are trained)."""
+    place: Literal["front", "template"] = "front"
+    """front (of the input) or template (where the template has {p*N})."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """Start: embeddings of sampled tokens, or whatever the network makes of noise (the paper's)."""
+
+    name: ClassVar[str] = "p-tuning"
+    kinds: ClassVar[frozenset[str]] = frozenset({"embeds"})
+    lr: ClassVar[float] = 1e-3
+    mergeable: ClassVar[bool] = False
+    formula: ClassVar[str] = "deployed length·width"
+    paper: ClassVar[str] = "Liu et al. 2021, arXiv:2103.10385"
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(f"p-tuning: length={self.length} must be at least 1")
+
+    def build(self, sites: Sites, context: Context) -> Parts:
+        """One block of pseudo tokens a stack that reads an input; in a template those of the text's stack.
+
+        Raises UserError for a template's tokens where the model reads no text or the tokenizer does not have them.
+        """
+        first = torch.tensor(self._first(context)) if self.place == "template" else None
+        return {site: PseudoTokens(_source(site, self), first) for site in self._sites(sites)}
+
+    def parameter_count(self, sites: Sites) -> int:
+        """length · width, or those of the network: E, the LSTM's and the MLP's."""
+        return sum(self.length * site.width + self._network(site.width) for site in self._sites(sites))
+
+    def folded(self) -> PTuning:
+        """The embeddings themselves."""
+        return replace(self, encoder="none", init="vocabulary")
+
+    @property
+    def in_front(self) -> int:
+        """Tokens in front of the text."""
+        return self.length if self.place == "front" else 0
+
+    def _first(self, context: Context) -> int:
+        """The id of the first pseudo token; -1 without a tokenizer, when the file is to say it."""
+        if context.tokenizer is None:
+            return -1
+        ids = context.token_ids(PSEUDO.format(0), "p-tuning[place=template]")
+        if len(ids) != 1:
+            raise UserError("p-tuning: place=template needs a template with pseudo tokens, e.g. '{p*3} {text} {p*3}'")
+        return ids[0]
+
+    def _sites(self, sites: Sites) -> list[EmbedsSite]:
+        found = [site for site in sites.embeds if self.place == "front" or site.embedding is not None]
+        if not found:
+            raise UserError("p-tuning: this model reads no text, so no template can place the pseudo tokens")
+        return found
+
+    def _network(self, width: int) -> int:
+        if self.encoder == "none":
+            return 0
+        layer = width * (width + 1)
+        half = width // 2
+        lstm = 2 * 2 * 4 * half * (width + half + 2)  # two layers, two directions, four gates
+        return lstm + 2 * layer if self.encoder == "lstm" else 3 * layer
+
+
+class Network(nn.Module):
+    """MLP(BiLSTM(E)), or MLP(E)."""
+
+    def __init__(self, length: int, width: int, encoder: str):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(length, width))
+        self.lstm: nn.Module | None = None
+        if encoder == "lstm":
+            self.lstm = nn.LSTM(width, width // 2, num_layers=2, bidirectional=True)
+        inner = [nn.Linear(width, width) for _ in range(1 if encoder == "lstm" else 2)]
+        self.inner, self.last = nn.ModuleList(inner), nn.Linear(width, width)
+
+    def hidden(self) -> torch.Tensor:
+        """What the last projection reads [length, width]."""
+        states = self.tokens if self.lstm is None else self.lstm(self.tokens)[0]
+        for layer in self.inner:
+            states = torch.relu(layer(states))
+        return states
+
+    def forward(self) -> torch.Tensor:
+        """[length, width]"""
+        return self.last(self.hidden())
+
+
+class Stored(nn.Module):
+    """The embeddings themselves."""
+
+    def __init__(self, tokens: torch.Tensor):
+        super().__init__()
+        self.tokens = nn.Parameter(tokens.detach().clone())
+
+    def forward(self) -> torch.Tensor:
+        """[length, width]"""
+        return self.tokens
+
+
+class PseudoTokens(nn.Module):
+    """P in front of the input, or in place of the token ids first, first + 1, …"""
+
+    def __init__(self, source: nn.Module, first: torch.Tensor | None):
+        super().__init__()
+        self.source = source
+        if first is not None:
+            self.register_buffer("first", first)
+
+    def forward(self) -> torch.Tensor:
+        """[length, width]"""
+        return self.source()
+
+    @torch.no_grad()
+    def fold(self) -> PseudoTokens:
+        """The embeddings themselves; the network goes."""
+        return PseudoTokens(Stored(self.source()), getattr(self, "first", None))
+
+
+def _source(site: EmbedsSite, method: PTuning) -> nn.Module:
+    """What makes the embeddings, at its start."""
+    start = sampled_embeddings(site, method.length)
+    if method.encoder == "none":
+        return Stored(start)
+    network = Network(method.length, site.width, method.encoder)
+    if method.init == "vocabulary":
+        fit_last(network.last, network.hidden(), start)
+    return network

@@ -1,0 +1,92 @@
+"""Numbers that say how good answers are. Knows predictions and truths; refuses to know models and tasks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+
+def classification_metrics(predicted: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
+    """accuracy, macro_f1 over all classes (one that never occurs counts 0) and mcc."""
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+    return {
+        "accuracy": float(accuracy_score(gold, predicted)),
+        "macro_f1": macro_f1(predicted, gold, classes),
+        "mcc": float(matthews_corrcoef(gold, predicted)),
+    }
+
+
+def macro_f1(predicted: Sequence[int], gold: Sequence[int], classes: int) -> float:
+    """The mean of the classes' F1; one that never occurs counts 0, a prediction that is no class (-1) is a miss."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, labels=range(classes), average="macro", zero_division=0))
+
+
+def regression_metrics(predicted: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
+    """pearson and spearman (0 where one side is constant, which correlates with nothing) and mse."""
+    from scipy.stats import pearsonr, spearmanr
+
+    mse = sum((a - b) ** 2 for a, b in zip(predicted, gold, strict=True)) / len(gold)
+    if len(set(predicted)) < 2 or len(set(gold)) < 2:
+        return {"pearson": 0.0, "spearman": 0.0, "mse": mse}
+    return {
+        "pearson": float(pearsonr(predicted, gold).statistic),
+        "spearman": float(spearmanr(predicted, gold).statistic),
+        "mse": mse,
+    }
+
+
+# Entities
+
+
+Entity = tuple[str, int, int]
+"""Type, first word, word behind the last."""
+
+
+def is_bio(tags: Sequence[str]) -> bool:
+    """Whether tags mark entities: O, B-type and I-type, or O, B and I."""
+    return all(re.fullmatch(r"O|[BI](-.+)?", tag) for tag in tags) and any(tag != "O" for tag in tags)
+
+
+def entities(tags: Sequence[str | None]) -> list[Entity]:
+    """The entities of one text, as CoNLL's script reads them; None is no tag.
+
+    One begins at B, and at an I that continues none of its type (IOB1, and mistakes of a model).
+    """
+    found: list[Entity] = []
+    begun: tuple[str, int] | None = None
+    for at, tag in enumerate([*tags, None]):
+        mark, _, kind = (tag or "O").partition("-")
+        if mark == "I" and begun is not None and begun[0] == kind:
+            continue
+        if begun is not None:
+            found.append((*begun, at))
+        begun = None if mark == "O" else (kind, at)
+    return found
+
+
+def entity_f1(predicted: Sequence[Sequence[str | None]], gold: Sequence[Sequence[str | None]]) -> float:
+    """Micro F1 of whole entities, type and both ends right: 2 · hits / (predicted + true); 0 where there are none."""
+    found, true = (
+        [(row, *one) for row, tags in enumerate(side) for one in entities(tags)] for side in (predicted, gold)
+    )
+    both = len(found) + len(true)
+    return 2 * len(set(found) & set(true)) / both if both else 0.0
+
+
+# Texts
+
+
+def corpus_bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """sacrebleu's corpus BLEU (0 to 100); Chinese is cut into characters, other scripts as is its default."""
+    import sacrebleu
+
+    most = max(len(refs) for refs in references)
+    streams: list[Any] = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
+    text = "".join(ref for refs in references for ref in refs)
+    han = sum("\u4e00" <= character <= "\u9fff" for character in text)
+    tokenize = "zh" if han * 3 > len(text) else "13a"
+    return float(sacrebleu.corpus_bleu(list(texts), streams, tokenize=tokenize).score)

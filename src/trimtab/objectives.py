@@ -1,0 +1,169 @@
+"""What a batch's labels ask of a model: of which logits, over how many labels, which loss. Knows the shapes of labels
+and transformers' classes; refuses to know tasks, methods and the training loop.
+
+    labels               logits                 loss
+    [B] classes          [B, classes]           cross-entropy
+    [B] choices          [B, choices]           cross-entropy; the choices that a row lacks have no probability
+    [B, n] tags          [B, n, tags]           cross-entropy
+    [B, n] tokens        [B, n, vocabulary]     cross-entropy, projected where a label is and nowhere else
+    [B] numbers          [B, 1]                 squared error
+
+Each is the mean over the labels, or their sum over the number of labels that the whole optimizer step has, so batches
+of any sizes weigh what their labels weigh.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from trimtab.consistency import consistency_loss, squared_difference
+from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, label_only
+
+
+class Objective(Protocol):
+    """What is learned from one kind of labels."""
+
+    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """How many labels enter the loss."""
+
+    def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
+        """The model's outputs for inputs without their labels. `everywhere` asks for all logits in the outputs."""
+
+    def loss(self, logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """The loss of logits and targets as `forward` gives them."""
+
+    def divergence(self, first: Tensor, second: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """How far two forwards' logits are apart, in the loss's own measure."""
+
+
+Found = tuple[Any, Tensor, Tensor]
+"""A model's outputs, the logits that have a target, the targets."""
+
+
+def objective_of(base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | None:
+    """What is learned from a batch; None for what is left to transformers (several labels a row, questions, …)."""
+    labels = inputs.get("labels")
+    if labels is None:
+        return None
+    numbers, classes = labels.is_floating_point(), getattr(base.config, "num_labels", 2)
+    if labels.dim() == 1 and numbers:
+        return Numbers() if classes == 1 else None
+    if labels.dim() == 1:
+        return Classes() if classes > 1 or chooses(inputs) else None
+    if labels.dim() != 2 or numbers or "input_ids" not in inputs:
+        return None
+    if base.get_output_embeddings() is not None:
+        return Tokens()
+    return Tags() if base.loss_type == "ForTokenClassification" else None
+
+
+class Classes:
+    """Which class a whole input has, or which of its choices is right."""
+
+    loss = staticmethod(label_loss)
+    divergence = staticmethod(consistency_loss)
+
+    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """The rows with a label."""
+        return (labels != IGNORED).sum()
+
+    def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
+        """Logits [B, classes], targets [B]."""
+        outputs = whole_inputs(model, base, _without_labels(inputs))
+        return outputs, outputs.logits, inputs["labels"]
+
+
+class Tags:
+    """Which tag each labelled token has."""
+
+    loss = staticmethod(label_loss)
+    divergence = staticmethod(consistency_loss)
+
+    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """The labelled tokens."""
+        return (labels != IGNORED).sum()
+
+    def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
+        """Logits [N, tags], targets [N]."""
+        outputs = model(**_without_labels(inputs))
+        labelled = inputs["labels"] != IGNORED
+        return outputs, outputs.logits[labelled], inputs["labels"][labelled]
+
+
+class Tokens:
+    """Which token of the vocabulary stands at each labelled position."""
+
+    loss = staticmethod(label_loss)
+    divergence = staticmethod(consistency_loss)
+
+    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """The labelled positions."""
+        return (align_labels(base, labels) != IGNORED).sum()
+
+    def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
+        """Logits [1, N, V], targets [N]; `everywhere` logits [B, n, V], targets [B, n]."""
+        labels, rest = inputs["labels"], {**_without_labels(inputs), "use_cache": False}
+        if base.config.is_encoder_decoder and "decoder_input_ids" not in rest:
+            rest["decoder_input_ids"] = decoder_inputs(base, labels)
+        if everywhere:
+            outputs = model(**rest)
+            return outputs, outputs.logits, align_labels(base, labels)
+        with label_only(base, labels) as targets:
+            outputs = model(**rest)
+        return outputs, outputs.logits, targets
+
+
+class Numbers:
+    """Which number a whole input has: Σ (ŷ − y)² over the rows' number."""
+
+    divergence = staticmethod(squared_difference)
+
+    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """The rows."""
+        return torch.tensor(labels.numel())
+
+    def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
+        """Logits [B], targets [B]."""
+        outputs = model(**_without_labels(inputs))
+        return outputs, outputs.logits.squeeze(-1), inputs["labels"]
+
+    def loss(self, logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """The squared error, at least float32."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.mse_loss(wide, targets.to(wide), reduction="sum")
+        return total / (max(1, targets.numel()) if num_items is None else num_items)
+
+
+def chooses(inputs: dict[str, Any]) -> bool:
+    """Whether a batch offers choices: input_ids [B, choices, n]."""
+    ids = inputs.get("input_ids")
+    return ids is not None and ids.dim() == 3
+
+
+def whole_inputs(model: Any, base: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    """The outputs for whole inputs; of a batch of choices, logits [B, choices] that leave out what a row lacks.
+
+    A choice that a row lacks is all padding. It reads one token all the same, because attention to nothing is no
+    number on every device, and its logit becomes the smallest there is: its probability and its gradient are 0.
+    """
+    if not chooses(inputs):
+        return model(**inputs)
+    mask = inputs["attention_mask"]  # [B, choices, n]
+    real = mask.any(-1)
+    first = torch.zeros_like(mask)
+    first[..., 0] = 1
+    inputs = {**inputs, "attention_mask": torch.where(real[..., None], mask, first)}
+    if getattr(base.config, "type_vocab_size", 1) < 2:  # a tokenizer may tell segments that the model does not
+        inputs.pop("token_type_ids", None)
+    outputs = model(**inputs)
+    outputs["logits"] = outputs.logits.masked_fill(~real, torch.finfo(outputs.logits.dtype).min)
+    return outputs
+
+
+def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key != "labels"}

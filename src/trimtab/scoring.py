@@ -1,0 +1,226 @@
+"""How a model is run over examples: logits of a task head, likelihoods of answers, generation. Knows batches and
+models; refuses to know tasks and metrics.
+
+A language model is asked for the likelihood of answers after the prompt, in one forward a batch, with the vocabulary
+projection at the answers' positions only. Results come in the order of the examples and depend on the examples and
+`batch_tokens` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.adapter import adapters
+from trimtab.bars import progress
+from trimtab.batches import Collator, TokenBatches, length, pad, read
+from trimtab.head import IGNORED, decoder_inputs, label_loss, label_only, select_positions
+from trimtab.lengths import new_tokens
+from trimtab.objectives import whole_inputs
+
+Ids = Sequence[int]
+LONGEST_ANSWER = 256
+"""Tokens that are generated at most where nothing else is said."""
+
+
+class Run:
+    """A model, how its inputs are made, and the walk over examples in batches of similar length."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: str,
+        batch_tokens: int,
+        show: bool | None,
+    ) -> None:
+        self.model, self.tokenizer, self.kind = model, tokenizer, kind
+        self.batch_tokens, self.show = batch_tokens, show
+        self.pad_id: int = tokenizer.pad_token_id or 0
+
+    def over(self, title: str, lengths: Sequence[int], step: Callable[[list[int]], Iterable[Any]]) -> list[Any]:
+        """Calls `step` with the indices of each batch, longest first; its results in the order of the indices."""
+        batches = list(TokenBatches(lengths, self.batch_tokens, shuffle=False))[::-1]
+        results: list[Any] = [None] * len(lengths)
+        with _evaluating(self.model), progress(title, len(lengths), self.show) as bar:
+            for batch in batches:
+                for index, result in zip(batch, step(batch), strict=True):
+                    results[index] = result
+                bar(len(batch))
+        return results
+
+    def tensors(self, examples: Sequence[Any], side: Any = "right") -> dict[str, Tensor]:
+        """Padded tensors on the model's device."""
+        return {key: value.to(self.model.device) for key, value in Collator(self.pad_id, side)(examples).items()}
+
+    def answer_log_probabilities(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tensor:
+        """log p of every token of the vocabulary at each answer's positions: [N, V], N all answers' tokens, in order.
+
+        The last token of an answer is predicted but never read, so it is not put into a causal model.
+        """
+        if self.kind == "seq2seq":
+            inputs = self.tensors([{"input_ids": prompt} for prompt in prompts])
+            targets = pad(answers, IGNORED).to(self.model.device)
+            inputs["decoder_input_ids"] = decoder_inputs(self.model, targets)
+            mask = targets != IGNORED
+        else:
+            rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+            inputs = self.tensors([{"input_ids": row} for row in rows])
+            sizes = [(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+            marks = [[0] * (before - 1) + [1] * count for before, count in sizes]
+            mask = pad(marks, 0).to(self.model.device).bool()
+        with select_positions(self.model, mask):
+            logits = self.model(**inputs, use_cache=False).logits  # [1, N, V]
+        return F.log_softmax(logits[0].float(), dim=-1)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is in eval mode without gradients; afterwards every module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# What a task head says
+
+
+def head_logits(run: Run, examples: Sequence[Any]) -> list[Tensor]:
+    """The encoder's head on whole inputs: [classes] of each example, of one that offers choices [choices]."""
+    sizes = [len(choices) if (choices := _choices(example)) else None for example in examples]
+
+    def step(batch: list[int]) -> list[Tensor]:
+        logits = whole_inputs(run.model, run.model, run.tensors([_inputs(examples[index]) for index in batch])).logits
+        return [row[: sizes[index]] for index, row in zip(batch, logits.float().cpu(), strict=True)]
+
+    return run.over("evaluating", [length(_inputs(example)) for example in examples], step)
+
+
+def place_logits(run: Run, examples: Sequence[Any], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The encoder's head on single tokens: [places, classes] of each example at its own positions."""
+
+    def step(batch: list[int]) -> list[Tensor]:
+        logits = run.model(**run.tensors([_inputs(examples[index]) for index in batch])).logits.float().cpu()
+        return [row[list(places[index])] for index, row in zip(batch, logits, strict=True)]
+
+    return run.over("evaluating", [len(example.input_ids) for example in examples], step)
+
+
+def _inputs(example: Any) -> dict[str, Any]:
+    """An example without its labels."""
+    return {"input_ids": example.input_ids, "token_type_ids": read(example, "token_type_ids")}
+
+
+def _choices(example: Any) -> Sequence[Ids] | None:
+    ids = example.input_ids
+    return ids if isinstance(ids[0], Sequence) else None
+
+
+# How likely answers are
+
+
+def answer_scores(run: Run, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
+    """log p of each example's possible answers after its prompt: [answers] of each example."""
+    alone = all(len(answer) == 1 for own in answers for answer in own)
+    return _one_token_scores(run, prompts, answers) if alone else _word_scores(run, prompts, answers)
+
+
+def gold_loss(scores: Sequence[Tensor], gold: Sequence[int], sizes: Sequence[Sequence[int]]) -> float:
+    """Nats per token of the right answers, whose number of tokens `sizes` tells; nan if none is known."""
+    known = [row for row, target in enumerate(gold) if target != IGNORED]
+    tokens = sum(sizes[row][gold[row]] for row in known)
+    return -sum(float(scores[row][gold[row]]) for row in known) / tokens if known else math.nan
+
+
+def _one_token_scores(run: Run, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
+    """Every answer is one token: one row an example, all answers read off the same position."""
+
+    def step(batch: list[int]) -> list[Tensor]:
+        found = run.answer_log_probabilities([prompts[index] for index in batch], [answers[0][0]] * len(batch)).cpu()
+        return [row[[answer[0] for answer in answers[index]]] for index, row in zip(batch, found, strict=True)]
+
+    return run.over("evaluating", [len(prompt) for prompt in prompts], step)
+
+
+def _word_scores(run: Run, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
+    """The sum of log p over each answer's tokens: one row for each pair of example and answer."""
+    pairs = [(prompt, answer) for prompt, own in zip(prompts, answers, strict=True) for answer in own]
+
+    def step(batch: list[int]) -> list[float]:
+        rows, chosen = zip(*(pairs[index] for index in batch), strict=True)
+        found = run.answer_log_probabilities(list(rows), list(chosen)).cpu()  # [N, V]
+        tokens = torch.tensor([token for answer in chosen for token in answer])
+        each = found.gather(1, tokens[:, None]).squeeze(1).split([len(answer) for answer in chosen])
+        return [float(part.sum()) for part in each]
+
+    scores = run.over("evaluating", [len(prompt) + len(answer) for prompt, answer in pairs], step)
+    return list(torch.tensor(scores).split([len(own) for own in answers]))
+
+
+def prompt_of(example: Any) -> list[int]:
+    """What comes before an example's answer."""
+    return list(example.input_ids[: example.prompt_length])
+
+
+# Generation
+
+
+def answer_loss(run: Run, examples: Sequence[Any]) -> float:
+    """Nats per answer token."""
+    counts: list[int] = []
+
+    def step(batch: list[int]) -> list[float]:
+        inputs = run.tensors([examples[index] for index in batch])
+        labels = inputs.pop("labels")
+        if run.kind == "seq2seq":
+            inputs["decoder_input_ids"] = decoder_inputs(run.model, labels)
+        with label_only(run.model, labels) as targets:
+            logits = run.model(**inputs, use_cache=False).logits
+        counts.append(targets.numel())
+        total = float(label_loss(logits, targets, num_items=1))
+        return [total] + [0.0] * (len(batch) - 1)
+
+    return sum(run.over("loss", [length(example) for example in examples], step)) / max(1, sum(counts))
+
+
+def generated(run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[str]:
+    """Greedy continuations, without special tokens and outer white space."""
+    prompts = [prompt_of(example) for example in examples]
+    model: Any = run.model
+    ends = _end_tokens(model, run.tokenizer)
+    method = next((adapter.method for adapter in adapters(model).values()), None)
+
+    def step(batch: list[int]) -> list[str]:
+        inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side="left")
+        found = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens(method, model.config, inputs["input_ids"].shape[1], max_new_tokens),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=run.pad_id,
+            eos_token_id=ends or None,
+        )
+        start = inputs["input_ids"].shape[1] if run.kind == "causal" else 1  # a decoder's first token starts it
+        texts = run.tokenizer.batch_decode(found[:, start:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    return run.over("generating", [len(prompt) + max_new_tokens for prompt in prompts], step)
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokenizer's end token, which training appends, and the model's own."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in found if token is not None})

@@ -1,0 +1,187 @@
+"""The task `classify`. Knows its labels, its words and its metrics; refuses to know how models are run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab.data import column
+from trimtab.drafts import drafted
+from trimtab.errors import UserError, unknown
+from trimtab.examples import IGNORED, Asked, Example, Reading, encode_one
+from trimtab.forms import Draft, Form, Row, Templated, space, turn
+from trimtab.metrics import classification_metrics
+from trimtab.scoring import Run, answer_scores, gold_loss, head_logits, prompt_of
+from trimtab.tasks.rows import class_names, each, label_text, sort_labels
+from trimtab.tasks.task import Wishes, config_of
+from trimtab.templates import check_template, fill, placeholders, value_of
+from trimtab.tokens import Codec, Ids, prefix_free
+
+if TYPE_CHECKING:
+    from trimtab.data import Rows
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Which of a few labels a text has: the task head of an encoder, or label words that continue the prompt."""
+
+    labels: tuple[str, ...]
+    """The classes in order; a class index is an index into this."""
+    template: str = "{text}\nLabel:"
+    """The prompt with columns in braces; `{text}` is the text column."""
+    chat: bool = False
+    """Whether the filled template becomes the user's turn of the model's chat template."""
+    text_column: str = "text"
+    """The column of the texts, possibly nested."""
+    label_column: str = "label"
+    """The column of the labels, possibly nested."""
+    label_words: Mapping[str, str] | None = None
+    """What the model says for each label; the labels themselves if None."""
+
+    name: ClassVar[str] = "classify"
+    kinds: ClassVar[tuple[str, ...]] = ("causal", "seq2seq", "encoder")
+    head: ClassVar[str | None] = "classification"
+    takes: ClassVar[frozenset[str]] = frozenset({"template", "chat", "label_words"})
+    writes: ClassVar[bool] = False
+
+    @classmethod
+    def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Classify:
+        """Finds the labels. Raises UserError for a row without label and for fewer than two labels."""
+        text_column, label_column = wishes.text_column or "text", wishes.label_column or "label"
+        template = wishes.template
+        if template is None:
+            template = "{text}" if kind == "encoder" else cls.template
+        check_template(template, rows[0], text_column, label_column)
+        values = column(rows, label_column)
+        labels = sort_labels(each(lambda value: label_text(value, label_column), values))
+        words = wishes.label_words or _words_of(labels, class_names(rows, label_column))
+        task = cls(tuple(labels), template, wishes.chat, text_column, label_column, words)
+        task.inputs(rows[0])
+        return task
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < 2:
+            found = f"only {self.labels[0]!r}" if self.labels else "none"
+            raise UserError(
+                f"classification needs at least two different labels, column {self.label_column!r} has {found}"
+            )
+        placeholders(self.template)
+        words = self.label_words
+        if words is None:
+            return
+        if missing := [label for label in self.labels if not words.get(label)]:
+            raise UserError(f"no label word for {', '.join(missing)}; each label needs one: {', '.join(self.labels)}")
+        if extra := [label for label in words if label not in self.labels]:
+            raise unknown("label", extra[0], self.labels)
+
+    @property
+    def in_chat(self) -> bool:
+        """Whether the model's chat template is used."""
+        return self.chat
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the model says for each label, in the order of the labels."""
+        return tuple(self.label_words[label] if self.label_words else label for label in self.labels)
+
+    def choices(self, tokenizer: Any, kind: str) -> list[Ids]:
+        """Token ids of each label's word after a prompt (causal) or as a target (seq2seq), in the order of the labels.
+
+        An end token is added to all where one label's tokens are the beginning of another's. Raises UserError for words
+        that the tokenizer cannot tell apart.
+        """
+        codec = Codec.of(tokenizer, kind, self.chat)
+        return codec.answers(self._answers(codec), self.ends(codec))
+
+    def index(self, row: Row) -> int:
+        """The class of a row. Raises UserError for a label outside the set."""
+        label = label_text(value_of(row, self.label_column), self.label_column)
+        if label not in self.labels:
+            raise unknown("label", label, self.labels)
+        return self.labels.index(label)
+
+    def inputs(self, row: Row) -> str:
+        """What the model may see of a row, to tell duplicates by."""
+        return self._form.inputs(row)
+
+    def question(self, text: str) -> Row:
+        """A row without a label for a text alone."""
+        return self._form.question(text)
+
+    def draft(self, row: Row, codec: Codec, asking: bool) -> Draft:
+        """The row as strings; without its label if `asking`."""
+        prompt = turn(fill(self.template, row, self.text_column), codec)
+        index = IGNORED if asking else self.index(row)
+        return Draft(prompt, [] if asking or codec.kind == "encoder" else [self._answers(codec)[index]], index)
+
+    def ends(self, codec: Codec) -> bool:
+        """Whether answers need an end token. Raises UserError for words that the tokenizer cannot tell apart."""
+        if codec.kind == "encoder":
+            return False
+        found = codec.answers(self._answers(codec), end=False)
+        for at, ids in enumerate(found):
+            if not ids:
+                raise UserError(f"the label word {self.words[at]!r} has no tokens; choose others with --label-words")
+            if ids in found[:at]:
+                pair = f"{self.words[found.index(ids)]!r} and {self.words[at]!r}"
+                raise UserError(f"the label words {pair} have the same tokens; choose others with --label-words")
+        return not prefix_free(found)
+
+    def room(self, codec: Codec) -> int:
+        """The longest label's tokens, so that every label fits and where a prompt was cut does not tell its label."""
+        return 0 if codec.kind == "encoder" else max(map(len, codec.answers(self._answers(codec), self.ends(codec))))
+
+    def encode(self, row: Row | str, tokenizer: Any, max_length: int, kind: str) -> Example:
+        """One example; of a text alone the prompt, with nothing to learn in it (see `encode_all`)."""
+        return encode_one(self, row, tokenizer, max_length, kind)
+
+    def examples(self, rows: Sequence[Asked], reading: Reading) -> list[Example]:
+        """One a row."""
+        return drafted(self, rows, reading)
+
+    def score(self, run: Run, examples: Sequence[Example], max_new_tokens: int | None) -> dict[str, float]:
+        """accuracy, macro_f1, mcc and the loss of the gold classes."""
+        scores, loss = self.scores(run, examples)
+        found = classification_metrics(scores.argmax(1).tolist(), _gold(examples), len(self.labels))
+        return {**found, "loss": loss}
+
+    def answers(self, run: Run, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
+        """The most likely label of each."""
+        return [self.labels[index] for index in self.scores(run, examples)[0].argmax(1).tolist()]
+
+    def scores(self, run: Run, examples: Sequence[Example]) -> tuple[Tensor, float]:
+        """log p [examples, classes], and the mean loss of the gold classes (nan if none is known)."""
+        if run.kind == "encoder":
+            scores, sizes = [F.log_softmax(row, dim=-1) for row in head_logits(run, examples)], [1] * len(self.labels)
+        else:
+            words = self.choices(run.tokenizer, run.kind)
+            sizes = [len(word) for word in words]
+            scores = answer_scores(run, [prompt_of(example) for example in examples], [words] * len(examples))
+        return torch.stack(scores), gold_loss(scores, _gold(examples), [sizes] * len(examples))
+
+    def to_config(self) -> dict[str, Any]:
+        """What `task_from_config` makes the same task from."""
+        return config_of(self)
+
+    @property
+    def _form(self) -> Form:
+        return Templated(self.template, self.text_column, self.label_column)
+
+    def _answers(self, codec: Codec) -> list[str]:
+        return [space(codec, self.template) + word for word in self.words]
+
+
+def _gold(examples: Sequence[Example]) -> list[int]:
+    return [example.target for example in examples]  # type: ignore[misc]
+
+
+def _words_of(labels: list[str], names: list[str] | None) -> dict[str, str] | None:
+    """Hub datasets store classes as numbers and know their names: those are the label words."""
+    if not names or not all(label.isdigit() and int(label) < len(names) for label in labels):
+        return None
+    return {label: names[int(label)] for label in labels}
