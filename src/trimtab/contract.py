@@ -12,7 +12,7 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              a part with prepare() has it called once a forward of the stack, one with `shift` = P moves the text's
              positions up by P where the family does so (one part a stack has it)
     embeds   forward() -> virtual tokens [P, width], in front of the input; `behind` = n puts them behind its first n
-             tokens, in models where they are inserted; a part with `first` (a buffer) has them in place of the token ids
+             tokens, in models where they are inserted; a part with `first` (a buffer) has them in place of the ids
              first, first + 1, … instead
     head     forward(hidden) -> logits, in place of the base's head
 
