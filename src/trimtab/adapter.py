@@ -239,6 +239,10 @@ class Attachments(nn.Module):
         self.attention = AttentionSetting(self.sites.kv)
         self.labels = LabelSetting(model)
         self.switches: list[Switch] = []
+        self.shared: torch.Tensor | None = None
+        """The tokens [1, s] in front of all rows that are run by themselves at present (prefix_share.py)."""
+        self.replaying = False
+        """Whether a trunk cache stands in for the lower layers at present (cache.py)."""
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.dropouts = list(_dropouts(model))
         first_layers = [layers[0] for layers in self.sites.layer_modules.values()]

@@ -30,6 +30,8 @@ NAME = "trimtab"  # names that contain "sdpa" or "flash" are treated specially b
 BESIDE = {"sdpa": "trimtab_beside", "eager": "trimtab_beside_additive"}
 """What the function is called where no prefix stands in front, by the implementation that the model had."""
 _SLOT = "trimtab_slot"
+VIRTUAL, TEXT = 0, 1
+"""The order of tokens that are run by themselves before the text: virtual ones, then what all rows begin with."""
 
 Recorded = tuple[torch.Tensor, torch.Tensor]  # keys, values [1, kv_heads, P, head_dim]
 
@@ -37,10 +39,18 @@ Recorded = tuple[torch.Tensor, torch.Tensor]  # keys, values [1, kv_heads, P, he
 class Source:
     """Where one adapter's prefix or context at one attention comes from."""
 
-    def __init__(self, part: Any, switch: Switch, virtual: bool = False):
+    def __init__(self, part: Any, switch: Switch, order: int | None = None):
         self.part, self.switch = part, switch
-        self.virtual = virtual
-        """Virtual tokens fall out of a sliding window as ordinary tokens would; prefixes are always visible."""
+        self.order = order
+        """Of tokens that are run before the text, which come first (VIRTUAL, TEXT); a prefix has none.
+
+        Such tokens do not see those that come later, and fall out of a sliding window as any token does; a prefix is
+        always visible.
+        """
+
+    def before(self, running: int | None) -> bool:
+        """Whether the tokens that are run at present see this source."""
+        return self.order is None or running is None or self.order < running
 
 
 class Slot:
@@ -50,6 +60,8 @@ class Slot:
         self.previous = previous
         self.sources: list[Source] = []
         self.recorder: list[Recorded] | None = None
+        self.running: int | None = None
+        """The order of the tokens that are run at present; None for the text."""
 
     def active(self, what: str) -> Iterator[Source]:
         """The switched-on sources that have a method of this name."""
@@ -72,17 +84,22 @@ class AttentionSetting:
         self.users = 0
         self.on = self.front = False
 
+    @property
+    def possible(self) -> bool:
+        """Whether keys and values can be added to the attention that the model had."""
+        return not any("flash" in name or "flex" in name for _, name in self.previous)
+
     def acquire(self) -> None:
         """Make room at every attention module; the first user creates the slots."""
         self.users += 1
         if self.users > 1:
             return
-        for _, name in self.previous:
-            if "flash" in name or "flex" in name:
-                self.users = 0
-                raise UserError(
-                    f"keys and values cannot be added under {name} attention; load the model with sdpa or eager"
-                )
+        if not self.possible:
+            self.users = 0
+            names = ", ".join(name for _, name in self.previous)
+            raise UserError(
+                f"keys and values cannot be added under {names} attention; load the model with sdpa or eager"
+            )
         for module in self.modules:
             setattr(module, _SLOT, Slot(module.config._attn_implementation))
 
@@ -104,12 +121,24 @@ class AttentionSetting:
         try:
             self.set(True)
             for site, record in records.items():
-                slot_of(site.module).recorder = record
+                _record(slot_of(site.module), record, VIRTUAL)
             yield found
             found.update({site: record[-1] for site, record in records.items() if record})
         finally:
             for site in sites:
-                slot_of(site.module).recorder = None
+                _record(slot_of(site.module), None, None)
+            self.set(*before)
+            self.release()
+
+    @contextmanager
+    def fronting(self) -> Iterator[None]:
+        """Inside, the registered function is used, with room for tokens in front of the text."""
+        self.acquire()
+        before = self.on, self.front
+        try:
+            self.set(True)
+            yield
+        finally:
             self.set(*before)
             self.release()
 
@@ -152,13 +181,15 @@ def slot_of(module: nn.Module) -> Slot:
     return getattr(module, _SLOT)
 
 
-def install_kv(site: KVSite, part: Any, switch: Switch, virtual: bool = False) -> list[Any]:
-    """Give an attention a source of prefix keys and values, or of context; `virtual` tokens are ordinary tokens."""
-    source = Source(part, switch, virtual)
+def install_kv(site: KVSite, part: Any, switch: Switch, order: int | None = None) -> list[Any]:
+    """Give an attention a source of prefix keys and values, or of context; with an `order` they are tokens' own."""
+    source = Source(part, switch, order)
     slot_of(site.module).sources.append(source)
     handles: list[Any] = [KVHandle(site.module, source)]
     if hasattr(part, "prepare"):
-        handles.append(site.body.register_forward_pre_hook(Prepare(part, switch)))
+        handles.append(
+            site.body.register_forward_pre_hook(Prepare(part, switch), prepend=True)
+        )  # virtual tokens see it
     moved: int | None = getattr(part, "shift", None)
     if site.shift and moved:
         hook = ShiftPositions(moved, site.positions, switch)
@@ -173,25 +204,29 @@ class Prepare:
         self.part, self.switch = part, switch
 
     def __call__(self, body: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.switch.on:
+        if self.switch.on and not self.switch.inner:
             self.part.prepare()
 
 
 @contextmanager
-def recording(modules: Iterable[nn.Module]) -> Iterator[list[Recorded]]:
+def recording(modules: Iterable[nn.Module], order: int) -> Iterator[list[Recorded]]:
     """Inside, the keys and values of each attention are written down in call order, before any prefix.
 
-    No virtual tokens are put in front: it is they, or a real text, that are being run.
+    It is tokens of this order that are being run: they see those before them, not themselves or later ones.
     """
     record: list[Recorded] = []
     slots = [slot_of(module) for module in modules]
     for slot in slots:
-        slot.recorder = record
+        _record(slot, record, order)
     try:
         yield record
     finally:
         for slot in slots:
-            slot.recorder = None
+            _record(slot, None, None)
+
+
+def _record(slot: Slot, record: list[Recorded] | None, order: int | None) -> None:
+    slot.recorder, slot.running = record, order
 
 
 def attention(
@@ -212,7 +247,7 @@ def attention(
         slot.recorder.append((key, value))
     bias = kwargs.get("position_bias")
     for source in slot.active("prefix"):
-        if source.virtual and slot.recorder is not None:
+        if not source.before(slot.running):
             continue
         k, v = source.part.prefix()
         visible = _visible(source, query, k.shape[-2], kwargs)
@@ -264,13 +299,13 @@ def _front(prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 
 
 def _visible(source: Source, query: torch.Tensor, length: int, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Which of P virtual tokens each query sees [B or 1, 1, n, P]; None where all do."""
+    """Which of P tokens in front each query sees [B or 1, 1, n, P]; None where all do."""
     window = kwargs.get("sliding_window")
-    if not source.virtual or window is None:
+    if source.order is None or window is None:
         return None
     positions = kwargs["position_ids"]  # [B or 1, n]
-    steps_back = length - torch.arange(length, device=query.device)  # virtual token j stands at position j - P
-    return (positions[:, None, :, None] + steps_back) < window
+    own = torch.arange(length, device=query.device) - (length if source.order == VIRTUAL else 0)  # -P…-1, or 0…P-1
+    return (positions[:, None, :, None] - own) < window
 
 
 def _extend(mask: torch.Tensor | None, visible: torch.Tensor | None, length: int) -> torch.Tensor | None:

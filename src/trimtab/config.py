@@ -35,6 +35,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "warmup": {"ge": 0, "lt": 1},
     "weight_decay": {"ge": 0},
     "save_steps": _POSITIVE,
+    "cache_memory": {"ge": 0},
 }
 _CHOICES: dict[str, Any] = {
     "task": Literal["classify", "regress", "tag", "choose", "generate"],

@@ -26,7 +26,8 @@ what measures the loss of the step's batches, and `gradient`, what backward pass
 its method then has `found(parts) -> method`, the method with what the parts found; `finding` is that in a sentence;
 `rows` is how many rows of mean length a batch holds where nothing else is said;
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
-the place of what the base has there, so that no other part may act at its site.
+the place of what the base has there, so that no other part may act at its site; `draws = True` on a part that it draws
+anew at every call while training, so that a forward cannot be taken apart (prefix_share.py).
 """
 
 from __future__ import annotations

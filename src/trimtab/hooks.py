@@ -21,6 +21,8 @@ class Switch:
 
     def __init__(self) -> None:
         self.on = True
+        self.inner = False
+        """Whether the present forward of a stack is inside another, which has made what is made once a forward."""
 
 
 class LinearHook:

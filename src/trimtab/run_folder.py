@@ -90,7 +90,7 @@ def check_resume(folder: Path, settings: TrainSettings) -> None:
         return
     began, now = read_run_settings(folder), settings_to_dict(settings)
     for key in [*now, *began]:
-        if key != "output" and began.get(key) != now.get(key):
+        if key not in ("output", "cache", "cache_memory") and began.get(key) != now.get(key):
             raise UserError(
                 f"the run in {folder} began with {key}={began.get(key)!r}, not {now.get(key)!r}; "
                 "resume it with the same settings"

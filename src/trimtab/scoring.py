@@ -21,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trimtab.adapter import adapters
 from trimtab.bars import progress
 from trimtab.batches import Collator, TokenBatches, length, pad, read
-from trimtab.head import IGNORED, decoder_inputs, label_loss, label_only, select_positions
+from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, select_positions
 from trimtab.lengths import new_tokens
 from trimtab.objectives import whole_inputs
+from trimtab.prefix_share import shared_prefix
 
 Ids = Sequence[int]
 LONGEST_ANSWER = 256
@@ -76,9 +77,21 @@ class Run:
             sizes = [(len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
             marks = [[0] * (before - 1) + [1] * count for before, count in sizes]
             mask = pad(marks, 0).to(self.model.device).bool()
-        with select_positions(self.model, mask):
-            logits = self.model(**inputs, use_cache=False).logits  # [1, N, V]
+        with self.sharing(inputs, mask) as (rest, mask), select_positions(self.model, mask):
+            logits = self.model(**rest, use_cache=False).logits  # [1, N, V]
         return F.log_softmax(logits[0].float(), dim=-1)
+
+    @contextmanager
+    def sharing(self, inputs: dict[str, Tensor], mask: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Inside, what all rows of a causal model's inputs begin with is run once: the rest of inputs and of mask.
+
+        `mask` is true where the model's output is wanted, bool [B, n].
+        """
+        if self.kind != "causal":
+            yield inputs, mask
+            return
+        with shared_prefix(self.model, inputs, mask) as rest:
+            yield rest, mask[:, -rest["input_ids"].shape[1] :]
 
 
 @contextmanager
@@ -186,8 +199,11 @@ def answer_loss(run: Run, examples: Sequence[Any]) -> float:
         labels = inputs.pop("labels")
         if run.kind == "seq2seq":
             inputs["decoder_input_ids"] = decoder_inputs(run.model, labels)
-        with label_only(run.model, labels) as targets:
-            logits = run.model(**inputs, use_cache=False).logits
+        aligned = align_labels(run.model, labels)
+        mask = aligned != IGNORED
+        targets = aligned[mask]
+        with run.sharing(inputs, mask) as (rest, mask), select_positions(run.model, mask):
+            logits = run.model(**rest, use_cache=False).logits
         counts.append(targets.numel())
         total = float(label_loss(logits, targets, num_items=1))
         return [total] + [0.0] * (len(batch) - 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PLACES = ("model", "data", "eval_data", "output")
+PLACES = ("model", "data", "eval_data", "output", "cache")
 """Settings that may be paths; a ~ at their beginning is the home folder."""
 
 
@@ -75,6 +75,10 @@ class TrainSettings:
     """Type of the base's weights: float32, bfloat16, float16 or auto; trained tensors are float32."""
     save_steps: int | None = None
     """Optimizer steps between checkpoints; by default a tenth of the run (of a whole model: an epoch)."""
+    cache: str | None = None
+    """Folder that keeps what the frozen lower layers give, for later runs; by default it is kept in memory."""
+    cache_memory: float = 2.0
+    """Gigabytes of memory for it, a temporary file takes the rest; 0 keeps nothing."""
     report_to: str = "none"
     """Where else to log, as transformers names it: tensorboard, wandb, …"""
 

@@ -20,6 +20,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trimtab.adapter import Adapter, attach
 from trimtab.batches import ROWS, default_budget, length
+from trimtab.cache import trunk_facts, trunk_height
+from trimtab.checkpoint import model_fingerprint
 from trimtab.errors import UserError, unknown
 from trimtab.lengths import fitting_length
 from trimtab.memory import peak_mb, reset_peak
@@ -28,6 +30,7 @@ from trimtab.models import load_config, load_for
 from trimtab.run_data import Data, load_data
 from trimtab.run_folder import LOG, begin, check_output, check_resume, finish
 from trimtab.settings import TrainSettings
+from trimtab.store import Store
 from trimtab.trainer import Trainer
 from trimtab.tuned import Tuned, evaluate_run, load_run
 
@@ -56,14 +59,15 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
     main = trainer.is_world_process_zero()
     if main:
         begin(folder, settings)
-    with adapter.disabled():
-        before = data.evaluate(model, show)
-    parameters = count_parameters(adapter)
-    reset_peak()
-    trainer.train(resume_from_checkpoint=settings.resume)
-    trained = measure(trainer)
-    adapter.fold()
-    metrics = {"before": before, "after": data.evaluate(model, show), "train": trained, "parameters": parameters}
+    with trainer.caching():
+        with adapter.disabled():
+            before = data.evaluate(model, show)
+        parameters = count_parameters(adapter)
+        reset_peak()
+        trainer.train(resume_from_checkpoint=settings.resume)
+        trained = measure(trainer)
+        adapter.fold()
+        metrics = {"before": before, "after": data.evaluate(model, show), "train": trained, "parameters": parameters}
     if main:
         adapter.save(folder, task=data.task.to_config())
         if _whole(adapter):
@@ -128,8 +132,18 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
         batch_tokens=settings.batch_tokens,
         pad_id=data.tokenizer.pad_token_id,
         log_file=folder / LOG,
+        store=make_store(settings, adapter, args.process_index),
         show=show,
     )
+
+
+def make_store(settings: TrainSettings, adapter: Adapter, process: int) -> Store | None:
+    """Where the trunk's states are kept; None where every layer is trained. Each process has its own."""
+    if not trunk_height(adapter):
+        return None
+    folder = None if settings.cache is None else Path(settings.cache) / f"process-{process}"
+    facts = trunk_facts(adapter, model_fingerprint(adapter.model)) if folder else {}
+    return Store(round(settings.cache_memory * 2**30), folder, facts)
 
 
 def _checkpointing(settings: TrainSettings) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,15 @@ from transformers.trainer_callback import ExportableState
 
 from trimtab.adapter import Adapter, adapters
 from trimtab.batches import Collator, TokenBatches, length
+from trimtab.cache import cached_trunk
 from trimtab.errors import UserError
+from trimtab.examples import IGNORED
+from trimtab.head import align_labels
 from trimtab.methods.spec import format_method
 from trimtab.objectives import Objective, objective_of
+from trimtab.prefix_share import shared_prefix
 from trimtab.snapshots import ABOUT, WEIGHTS, building, checkpoint_path, last_checkpoint, read_about, rotate, sweep
+from trimtab.store import Store
 from trimtab.watch import Guard, Interrupt, Meter, StepBar, StepLog
 
 
@@ -41,7 +46,9 @@ class Trainer(transformers.Trainer):
     `labels` (attributes or keys); the collator pads them. With `batch_tokens` batches hold at most that many tokens,
     padding included; without it `args.per_device_train_batch_size` rows. `log_file` gets one JSON object a step.
     `scorer`, called without arguments, gives the metrics of an evaluation during training. `show` turns the progress
-    bar on or off (default: only on a terminal). Ctrl-C stops after the step with a checkpoint, then raises.
+    bar on or off (default: only on a terminal). Tokens that all rows of a batch begin with are run once unless `share`
+    is off; with a `store` the layers below the lowest trained one are run once a row (cache.py). Ctrl-C stops after the
+    step with a checkpoint, then raises.
     """
 
     loss_is_scaled_for_ga = True  # by the number of labels of the whole accumulated batch
@@ -57,11 +64,14 @@ class Trainer(transformers.Trainer):
         log_file: str | Path | None = None,
         scorer: Callable[[], dict[str, float]] | None = None,
         show: bool | None = None,
+        share: bool = True,
+        store: Store | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> None:
         self.adapter = adapter or _only_adapter(model)
         self.batch_tokens, self.scorer = batch_tokens, scorer
+        self.share, self.store = share, store
         self.meter, self.pieces = Meter(), list[tuple[dict[str, Any], Any]]()
         self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
         self.bar = StepBar(self.step_log, show)
@@ -98,7 +108,7 @@ class Trainer(transformers.Trainer):
         self.meter.clear()
         self._forget()
         try:
-            with self.interrupt.listening():
+            with self.interrupt.listening(), self.caching():
                 result = super().train(resume_from_checkpoint, *arguments, **options)
         finally:
             self.bar.close()
@@ -110,7 +120,8 @@ class Trainer(transformers.Trainer):
         """One forward and backward; notes the loss and the tokens, of all processes together."""
         tokens = _tokens(inputs)
         self.pieces.append((inputs, num_items_in_batch))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._sharing(inputs) as rest:
+            loss = super().training_step(model, rest, num_items_in_batch)
         if self.args.world_size > 1:  # every process sees the same numbers, so that all stop where one must
             tokens = self.accelerator.reduce(tokens.to(loss.device))
             self.meter.add(self.accelerator.reduce(loss, reduction="mean"), tokens)
@@ -132,12 +143,13 @@ class Trainer(transformers.Trainer):
     def _loss_of_step(self) -> float:
         """The loss of this optimizer step's batches, without dropout."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [
-                self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs), num_items_in_batch=count)
-                for inputs, count in self.pieces
-            ]
+            losses = [self._loss_of(inputs, count) for inputs, count in self.pieces]
         loss = torch.stack(losses).sum()
         return float(self.accelerator.reduce(loss, reduction="mean") if self.args.world_size > 1 else loss)
+
+    def _loss_of(self, inputs: dict[str, Any], count: Any) -> Tensor:
+        with self._sharing(inputs) as rest:
+            return self.compute_loss(self.model_wrapped, self._prepare_inputs(rest), num_items_in_batch=count)
 
     def _forget(self) -> None:
         """Nothing of an optimizer step is left for the next."""
@@ -149,6 +161,20 @@ class Trainer(transformers.Trainer):
         """Those that the optimizer will use, and those that a search will."""
         found = [weight.grad for weight in self.adapter.parameters()]
         return [grad for grad in [*found, *(part.gradient for part in self.adapter.searching())] if grad is not None]
+
+    def caching(self) -> AbstractContextManager[None]:
+        """Inside, what the store knows of the layers below the lowest trained one is not computed again."""
+        return nullcontext() if self.store is None else cached_trunk(self.adapter, self.store)
+
+    def _sharing(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """The inputs without what all rows begin with, which is run once inside (prefix_share.py)."""
+        base = self.accelerator.unwrap_model(self.model)
+        ids = inputs.get("input_ids")
+        if not self.share or ids is None or ids.dim() != 2 or "position_ids" in inputs:
+            return nullcontext(inputs)
+        labels = inputs.get("labels")
+        alike = labels is not None and labels.shape == ids.shape
+        return shared_prefix(base, inputs, align_labels(base, labels) != IGNORED if alike else None)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

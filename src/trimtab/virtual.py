@@ -17,12 +17,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from trimtab.attention import Recorded, install_kv, recording
+from trimtab.attention import VIRTUAL, Recorded, install_kv, recording
 from trimtab.errors import UserError
 from trimtab.hooks import Switch, named_arguments
 from trimtab.positions import padded_positions, positions, seen
@@ -44,7 +44,7 @@ def _install_shared(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[A
     shared = SharedTokens(site, part, switch)
     handles = [site.body.register_forward_pre_hook(shared, with_kwargs=True)]
     for attention in site.attentions:
-        handles += install_kv(attention, RecordedPrefix(shared, attention.layer), switch, virtual=True)
+        handles += install_kv(attention, RecordedPrefix(shared, attention.layer - len(site.layers)), switch, VIRTUAL)
     return handles
 
 
@@ -111,7 +111,7 @@ class SharedTokens:
             return None
         kwargs = named_arguments(body, args, kwargs)
         past = kwargs.get("past_key_values")
-        if not self._continues(past):
+        if not (self.switch.inner or self._continues(past)):
             self.record = self._run(body)
             self.cache = None if past is None or torch.is_grad_enabled() else weakref.ref(past)
         if self.site.positions == "learned":
@@ -128,20 +128,28 @@ class SharedTokens:
         weight = self.site.embedding.weight
         start = -tokens.shape[0] if self.site.positions == "rotary" else 0
         places = torch.arange(start, start + tokens.shape[0], device=tokens.device)
-        self.running = True
+        self.running = self.switch.inner = True
         try:
-            with recording(site.module for site in self.site.attentions) as record, _no_checkpointing(self.site.layers):
+            modules = [site.module for site in self.site.attentions]
+            with recording(modules, VIRTUAL) as record, without_checkpointing(self.site.layers):
                 body(inputs_embeds=tokens[None].to(weight.dtype), position_ids=places[None], use_cache=False)
         finally:
-            self.running = False
+            self.running = self.switch.inner = False
         return record
 
 
-class RecordedPrefix:
-    """The keys and values that one attention gave the virtual tokens."""
+class Recording(Protocol):
+    """What runs tokens by themselves and keeps the keys and values of each layer's attention."""
 
-    def __init__(self, shared: SharedTokens, layer: int):
+    record: list[Recorded]
+
+
+class RecordedPrefix:
+    """The keys and values that one attention gave tokens that were run before the text."""
+
+    def __init__(self, shared: Recording, layer: int):
         self.shared, self.layer = shared, layer
+        """The layer counts from the top, because layers at the bottom may be left out (cache.py)."""
 
     def prefix(self) -> Recorded:
         """keys, values [1, kv_heads, P, head_dim]"""
@@ -263,7 +271,7 @@ def _widen_mask(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
 
 
 @contextmanager
-def _no_checkpointing(layers: tuple[nn.Module, ...]) -> Iterator[None]:
+def without_checkpointing(layers: tuple[nn.Module, ...]) -> Iterator[None]:
     """Inside, the layers run without gradient checkpointing, which would record keys and values a second time."""
     training = [layer.training for layer in layers]
     for layer in layers:

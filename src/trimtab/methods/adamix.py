@@ -131,6 +131,7 @@ class MixedBottleneck(nn.Module):
         self.up = nn.Parameter(0.02 * torch.randn(ups, width, size))
         self.up_bias = nn.Parameter(torch.zeros(ups, width))
         self.activation = ACTIVATIONS[method.activation]
+        self.draws = method.experts > 1
 
     def forward(self, output: torch.Tensor) -> torch.Tensor:
         """[batch, length, width] -> [batch, length, width]"""
@@ -156,6 +157,7 @@ class MixedLowRank(nn.Module):
         self.A = nn.Parameter(first.repeat(downs, 1, 1))  # equal experts: the draws make them differ
         self.B = nn.Parameter(torch.zeros(ups, site.out_features, method.rank))
         self.scale = method.alpha / method.rank
+        self.draws = method.experts > 1
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x [..., in], y [..., out] -> [..., out]"""

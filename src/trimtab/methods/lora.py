@@ -99,6 +99,7 @@ class LowRank(nn.Module):
         self.A = nn.Parameter(torch.empty(method.r, site.in_features))
         self.B = nn.Parameter(torch.zeros(site.out_features, method.r))
         self.dropout, self.scale, self.lr_ratio = method.dropout, method.scale, method.lr_ratio
+        self.draws = method.dropout > 0
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -130,6 +131,7 @@ class Decomposed(nn.Module):
     def __init__(self, site: LinearSite, method: LoRA):
         super().__init__()
         self.low = LowRank(site, method)
+        self.draws = self.low.draws
         self.magnitude = nn.Parameter(site.weight().detach().float().norm(dim=1))
         self.site = (site,)  # in a tuple: the base's weight is no part of the adapter
 
@@ -165,6 +167,7 @@ class Principal(nn.Module):
     def __init__(self, site: LinearSite, method: LoRA):
         super().__init__()
         self.low, self.method, self.site = LowRank(site, method), method, (site,)
+        self.draws = self.low.draws
         u, sigma, v = torch.linalg.svd(site.weight().detach().float(), full_matrices=False)
         if method.r > sigma.numel():
             raise UserError(f"lora: init=pissa takes a rank of at most {sigma.numel()} here, not {method.r}")

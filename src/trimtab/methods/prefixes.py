@@ -70,7 +70,7 @@ class StoredPrefix(nn.Module):
     def __init__(self, start: KeysValues, dropout: float, shift: int):
         super().__init__()
         self.keys, self.values = (nn.Parameter(tensor.detach().clone()) for tensor in start)
-        self.dropout, self.shift = dropout, shift
+        self.dropout, self.shift, self.draws = dropout, shift, dropout > 0
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
@@ -137,7 +137,7 @@ class Leader(nn.Module):
 
     def __init__(self, generator: Generator):
         super().__init__()
-        self.generator, self.shift = generator, generator.length
+        self.generator, self.shift, self.draws = generator, generator.length, generator.dropout > 0
 
     def prepare(self) -> None:
         """Run the network, once a forward."""

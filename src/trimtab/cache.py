@@ -1,0 +1,211 @@
+"""The trunk cache: what frozen layers below the lowest trained one give is computed once and replayed. Knows layers and
+the model's inputs; refuses to know methods, tasks and training loops.
+
+Below the lowest trained layer a row's hidden states depend on its own tokens alone: the base is frozen, its dropout is
+0, and neither the padding nor the other rows of its batch reach them. So they are kept from the first forward that
+computes them (there is no filling pass of its own) and every later forward of the same row, in the next epoch or the
+next evaluation, begins at that layer: same loss, same gradients. A row is known by a digest of its tokens, so the text,
+its template, the tokenizer and the length it was cut to are all part of the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapter import Adapter
+from trimtab.hooks import named_arguments
+from trimtab.sites import EmbedsSite, HeadSite, Module
+from trimtab.store import Store
+
+_ALONE = frozenset({"input_ids", "attention_mask", "token_type_ids", "pixel_values", "position_ids"})
+"""Arguments of a stack that its rows are keyed by; a forward with others is not replayed."""
+_HARMLESS = frozenset(
+    {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "labels", "cache_position"}
+)
+
+
+def trunk_height(adapter: Adapter) -> int:
+    """How many layers lie below everything that the adapter trains or moves; 0 where nothing can be replayed.
+
+    Models of two stacks have 0: what their decoder reads is no state of its own row alone.
+    """
+    attachments: Any = adapter.model.trimtab
+    entry: Any = attachments.entries[adapter.name]
+    stacks = attachments.sites.layer_modules
+    if getattr(entry.method, "whole_model", False) or len(stacks) != 1 or len(attachments.sites.embeds) != 1:
+        return 0
+    (layers,) = stacks.values()
+    claimed = [site.layer for site in entry.sites if not isinstance(site, HeadSite)]
+    return max(0, min([*claimed, len(layers)]))
+
+
+def trunk_facts(adapter: Adapter, fingerprint: str) -> dict[str, Any]:
+    """What states depend on besides a row's tokens: a store made from other facts is not to be used."""
+    attachments: Any = adapter.model.trimtab
+    entry: Any = attachments.entries[adapter.name]
+    shifts = [getattr(part, "shift", 0) for part in entry.members()]
+    return {
+        "format": 1,
+        "base": fingerprint,
+        "dtype": str(adapter.model.dtype),
+        "layers": trunk_height(adapter),
+        "shift": max(shifts, default=0),
+    }
+
+
+@contextmanager
+def cached_trunk(adapter: Adapter, store: Store) -> Iterator[None]:
+    """Inside, forwards of rows that were run before begin at the adapter's lowest trained layer.
+
+    The layers below are in the model's list under a replaying one each, and back in their places afterwards. Forwards
+    that are no plain reading of rows (generation with a cache, inputs given as embeddings, positions of the caller's)
+    run as always. Where the trunk has no height, nothing happens.
+    """
+    attachments: Any = adapter.model.trimtab
+    height = trunk_height(adapter)
+    if not height or store.full or attachments.replaying:
+        yield
+        return
+    (site,) = attachments.sites.embeds
+    trunk = Trunk(attachments, site, store)
+    layers = _module_list(site.body, site.layers[0])
+    attachments.replaying = True
+    handles = [
+        site.body.register_forward_pre_hook(trunk.begin, with_kwargs=True, prepend=True),
+        site.body.register_forward_hook(trunk.end, always_call=True),
+    ]
+    for at in range(height):
+        layers[at] = Replay(site.layers[at], trunk, last=at == height - 1)
+    try:
+        yield
+    finally:
+        attachments.replaying = False
+        for at in range(height):
+            layers[at] = site.layers[at]
+        for handle in handles:
+            handle.remove()
+        store.commit()
+
+
+class Frame:
+    """One forward of the stack: its rows, and whether they are replayed."""
+
+    def __init__(self, keys: list[str], start: int, mask: Tensor | None):
+        self.keys, self.start, self.mask = keys, start, mask
+        self.known: list[Tensor] | None = None
+
+    def padded(self, like: Tensor) -> Tensor:
+        """The known states as [B, n, width], 0 where there is padding."""
+        assert self.known is not None
+        states = torch.cat(self.known).to(like)
+        if self.mask is None:
+            return states.view(like.shape)
+        return torch.zeros_like(like).masked_scatter_(self.mask[..., None], states)
+
+
+class Trunk:
+    """The replayed layers of one stack, and the forwards of it that are going on."""
+
+    def __init__(self, attachments: Any, site: EmbedsSite, store: Store):
+        self.attachments, self.site, self.store = attachments, site, store
+        self.frames: list[Frame | None] = []
+        self.tuples: bool | None = None
+        """Whether the layers give tuples, as the first forward shows."""
+
+    @property
+    def frame(self) -> Frame | None:
+        """That of the present forward, where it can be replayed."""
+        return self.frames[-1] if self.frames else None
+
+    def begin(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the rows of a forward of the stack, and look them up."""
+        frame = self._frame(named_arguments(body, args, kwargs))
+        if frame is not None and self.tuples is not None:
+            known = [self.store.get(key, frame.start) for key in frame.keys]
+            frame.known = None if any(one is None for one in known) else known  # type: ignore[assignment]
+        self.frames.append(frame)
+
+    def end(self, body: Module, args: tuple[Any, ...], output: Any) -> None:
+        """The forward is over."""
+        self.frames.pop()
+
+    def keep(self, states: Tensor) -> None:
+        """Keep the states [B, n, width] that the last replayed layer gave."""
+        frame = self.frame
+        if frame is None:
+            return
+        for row, key in enumerate(frame.keys):
+            own = states[row] if frame.mask is None else states[row][frame.mask[row]]
+            self.store.put(key, frame.start, own)
+
+    def _frame(self, given: dict[str, Any]) -> Frame | None:
+        given = {name: value for name, value in given.items() if value is not None and name not in _HARMLESS}
+        inner = any(switch.inner for switch in self.attachments.switches)
+        shared: Tensor | None = None if inner else self.attachments.shared
+        mask = given.get("attention_mask")
+        own_places = "position_ids" in given and not inner and shared is None
+        if not given.keys() <= _ALONE or own_places or (mask is not None and mask.dim() != 2):
+            return None
+        if "pixel_values" in given:
+            return Frame([_digest(row) for row in given["pixel_values"]], 0, None)
+        if "input_ids" not in given:
+            return None
+        ids = given["input_ids"]
+        visible = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        before = [] if shared is None else shared.flatten().tolist()
+        types = given.get("token_type_ids")
+        keys = [
+            _digest(
+                torch.tensor([*before, *row[seen].tolist()]),
+                None if types is None else types.expand_as(ids)[at][seen],
+            )
+            for at, (row, seen) in enumerate(zip(ids.cpu(), visible.cpu(), strict=True))
+        ]
+        return Frame(keys, len(before), visible)
+
+
+class Replay(nn.Module):
+    """A frozen layer, or in its place the states that the trunk's last layer gave the same rows."""
+
+    def __init__(self, layer: nn.Module, trunk: Trunk, last: bool):
+        super().__init__()
+        for own in ("_parameters", "_buffers", "_modules"):
+            setattr(self, own, getattr(layer, own))  # the model's tensors keep their names
+        self.hidden, self.last = (layer, trunk), last  # in a tuple: they are no sub-modules of this one
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type  # some models choose a layer's mask by it
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[B, n, width] -> [B, n, width], in the form that the layer gives it"""
+        layer, trunk = self.hidden
+        frame = trunk.frame
+        if frame is not None and frame.known is not None:
+            states = frame.padded(hidden_states) if self.last else hidden_states
+            return (states,) if trunk.tuples else states
+        with torch.no_grad():
+            output = layer(hidden_states, *args, **kwargs)
+        trunk.tuples = isinstance(output, tuple)
+        if self.last:
+            trunk.keep(output[0] if trunk.tuples else output)
+        return output
+
+
+def _module_list(body: nn.Module, first: nn.Module) -> nn.ModuleList:
+    """The list of layers that begins with this one."""
+    return next(
+        module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) and module[0] is first
+    )
+
+
+def _digest(row: Tensor, types: Tensor | None = None) -> str:
+    """Sixteen bytes of BLAKE2 over a row's own inputs."""
+    made = hashlib.blake2b(row.detach().cpu().contiguous().numpy().tobytes(), digest_size=16)
+    if types is not None:
+        made.update(types.detach().cpu().contiguous().numpy().tobytes())
+    return made.hexdigest()

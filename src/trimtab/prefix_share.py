@@ -1,0 +1,128 @@
+"""Tokens that all rows of a batch begin with, run once: a saving of the trainer and of scoring. Knows causal models'
+inputs; refuses to know methods, tasks and training loops.
+
+A chat template or an instruction in front of every row makes the same keys and values in every row, because a causal
+model's tokens never see what follows them. So the longest common beginning [1, s] runs by itself, through the base and
+whatever acts on it, and the rest [B, n - s] attends to its keys and values: the same logits, loss and gradients at a
+B-th of its cost, in forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trimtab.adapter import Attachments
+from trimtab.attention import TEXT, Recorded, install_kv, recording
+from trimtab.hooks import Switch
+from trimtab.sites import EmbedsSite, Module
+from trimtab.virtual import RecordedPrefix, without_checkpointing
+
+LEAST = 32
+"""Tokens that sharing must save: a second pass through the layers costs about as much as so many."""
+
+
+@contextmanager
+def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor | None) -> Iterator[dict[str, Any]]:
+    """Inside, the model takes the inputs that are given and answers for them as for the whole ones.
+
+    `inputs` has input_ids and attention_mask [B, n], padded on the right; `needed` is bool [B, n], true where the
+    model's output is wanted (None: at each row's last token alone). What is given lacks the first s tokens of every
+    row, of labels as well, so the outputs lack them too. Where nothing can be shared, `inputs` itself is given. The
+    block has to last until after the backward pass if layers are checkpointed.
+    """
+    site = _site(model)
+    length = 0 if site is None else common_length(model, inputs, needed)
+    if site is None or not length:
+        yield inputs
+        return
+    attachments: Any = model.trimtab
+    switch = Switch()
+    shared = SharedText(site, inputs["input_ids"][:1, :length], attachments.switches)
+    with attachments.attention.fronting():
+        handles: list[Any] = [site.body.register_forward_pre_hook(shared)]
+        for attention in site.attentions:
+            handles += install_kv(attention, RecordedPrefix(shared, attention.layer - len(site.layers)), switch, TEXT)
+        attachments.shared = shared.ids
+        try:
+            yield _rest(inputs, length)
+        finally:
+            attachments.shared = None
+            for handle in handles:
+                handle.remove()
+
+
+def common_length(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor | None) -> int:
+    """How many tokens all rows begin with, as far as it is worth it and every row keeps what is needed of it."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    if draws(model):
+        return 0
+    keep = (
+        mask.sum(1).min() - 1 if needed is None else needed.any(0).int().argmax()
+    )  # an output before it is not needed
+    same = (ids == ids[:1]).all(0) & mask.all(0)
+    length = int(torch.minimum(same.int().cumprod(0).sum(), keep))
+    return length if (ids.shape[0] - 1) * length >= LEAST else 0
+
+
+def draws(model: PreTrainedModel) -> bool:
+    """Whether what acts on the model draws anew at every call, so that a forward has to stay one call."""
+    attachments = getattr(model, "trimtab", None)
+    if not model.training or not isinstance(attachments, Attachments) or attachments.active is None:
+        return False
+    active: Any = attachments.entries[attachments.active]
+    return any(getattr(part, "draws", False) for part in active.members())
+
+
+class SharedText:
+    """Runs the tokens that all rows begin with, once a forward, and keeps each layer's keys and values."""
+
+    def __init__(self, site: EmbedsSite, ids: Tensor, switches: Sequence[Switch]):
+        self.site, self.ids, self.switches = site, ids, switches
+        self.running = False
+        self.record: list[Recorded] = []
+
+    def __call__(self, body: Module, args: tuple[Any, ...]) -> None:
+        if self.running or any(switch.inner for switch in self.switches):
+            return
+        ids = self.ids.to(self.site.embedding.weight.device)
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        modules = [attention.module for attention in self.site.attentions]
+        with self._inside(), recording(modules, TEXT) as record, without_checkpointing(self.site.layers):
+            body(input_ids=ids, position_ids=places, use_cache=False)
+        self.record = record
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self.running = True
+        for switch in self.switches:
+            switch.inner = True
+        try:
+            yield
+        finally:
+            self.running = False
+            for switch in self.switches:
+                switch.inner = False
+
+
+def _site(model: nn.Module) -> EmbedsSite | None:
+    """The input of a causal model whose keys and values can be shared; None of any other model."""
+    attachments = getattr(model, "trimtab", None)
+    if not isinstance(attachments, Attachments):
+        return None
+    found = attachments.sites.embeds
+    shared = len(found) == 1 and found[0].insert == "shared" and attachments.attention.possible
+    return found[0] if shared else None
+
+
+def _rest(inputs: dict[str, Any], length: int) -> dict[str, Any]:
+    """The inputs without the first tokens of every row."""
+    ids = inputs["input_ids"]
+    places = torch.arange(length, ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+    cut = {name: value[:, length:] for name, value in inputs.items() if value.shape == ids.shape}
+    return {**inputs, **cut, "position_ids": places}
