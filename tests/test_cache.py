@@ -1,0 +1,286 @@
+"""The trunk cache: the same loss and gradients as without, lower layers run once a row, and a store that is trusted only
+where it may be."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trimtab as tt
+from tiny import FAMILIES, inputs, output, tiny
+from trimtab.adapter import supported
+from trimtab.cache import cached_trunk, trunk_facts, trunk_height
+from trimtab.checkpoint import model_fingerprint
+from trimtab.methods.spec import parse_method
+from trimtab.prefix_share import shared_prefix
+from trimtab.store import INDEX, Store
+
+ENOUGH = 2**30
+METHODS = ("lora[r=2,layers=-1:]", "llama-adapter[length=3,layers=-1:]", "prefix[length=3,hidden=8,layers=-1:]", "head")
+ONE_STACK = [family for family in FAMILIES if family not in ("t5", "bart", "whisper")]
+
+
+def attached(family: str, method: str) -> Any:
+    """The method on a tiny model, away from its start."""
+    adapter = tt.attach(tiny(family), method)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapter.model.train()
+    return adapter
+
+
+def gradients(adapter: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The model's output and the gradients of its mean square."""
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    found = output(adapter.model, batch)
+    if found.requires_grad:
+        found.float().square().mean().backward()
+    return found.detach(), [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
+
+
+def calls_of_first_layer(adapter: Any) -> list[int]:
+    """Grows by one at every call of the first layer's attention."""
+    calls: list[int] = []
+    site = next(site for site in adapter.model.trimtab.sites.activation if site.layer == 0)
+    site.module.register_forward_hook(lambda *_: calls.append(1) and None)
+    return calls
+
+
+@pytest.mark.parametrize("family", ONE_STACK)
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_rows_give_the_same_outputs_and_gradients(method: str, family: str) -> None:
+    if family not in supported(parse_method(method).kinds) or (method == "head" and family == "clip_vision_model"):
+        pytest.skip("does not work there")
+    adapter = attached(family, method)
+    batch = inputs(family)
+    plain, expected = gradients(adapter, batch)
+    calls, names, store = calls_of_first_layer(adapter), list(adapter.model.state_dict()), Store(ENOUGH)
+    with cached_trunk(adapter, store):
+        assert list(adapter.model.state_dict()) == names
+        runs = [gradients(adapter, batch) for _ in range(3)]
+    assert len(calls) == 1
+    for found, own in runs:
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+        for one, other in zip(own, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    gradients(adapter, batch)
+    assert len(calls) == 2  # outside, everything is as it was
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_together_with_shared_tokens(family: str) -> None:
+    adapter = attached(family, "lora[r=2,layers=-1:]")
+    torch.manual_seed(3)
+    ids = torch.randint(3, 50, (5, 20))
+    ids[:, :12] = ids[:1, :12]
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    plain = output(adapter.model, whole)[:, 12:]
+    needed = torch.zeros_like(ids).bool()
+    needed[:, 12:] = True
+    calls = calls_of_first_layer(adapter)
+    with cached_trunk(adapter, Store(ENOUGH)):
+        for order in (range(5), range(5), [3, 1, 4, 0, 2]):
+            mixed = {name: value[list(order)] for name, value in whole.items()}
+            with shared_prefix(adapter.model, mixed, needed) as rest:
+                assert rest["input_ids"].shape == (5, 8)
+                torch.testing.assert_close(output(adapter.model, rest), plain[list(order)], rtol=0, atol=1e-5)
+        torch.testing.assert_close(output(adapter.model, whole)[:, 12:], plain, rtol=0, atol=1e-5)  # not shared
+    assert len(calls) == 3  # the shared tokens, the rest, and the whole rows: their beginnings were not kept
+
+
+def test_rows_are_known_in_other_batches_and_paddings() -> None:
+    adapter = attached("llama", "lora[r=2,layers=-1:]")
+    torch.manual_seed(3)
+    rows = [torch.randint(3, 50, (length,)).tolist() for length in (9, 4, 7)]
+
+    def padded(chosen: list[int], side: str) -> dict[str, torch.Tensor]:
+        from trimtab.batches import Collator
+
+        return Collator(0, side)([{"input_ids": rows[at]} for at in chosen])  # type: ignore[arg-type]
+
+    plain = [output(adapter.model, padded([at], "right"))[0] for at in range(3)]
+    calls = calls_of_first_layer(adapter)
+    with cached_trunk(adapter, Store(ENOUGH)):
+        output(adapter.model, padded([0, 1, 2], "right"))
+        for chosen, side in (([2, 1], "right"), ([1, 0], "left"), ([0], "right")):
+            batch = padded(chosen, side)
+            found = output(adapter.model, batch)
+            for row, at in enumerate(chosen):
+                own = found[row][batch["attention_mask"][row].bool()]
+                torch.testing.assert_close(own, plain[at], rtol=0, atol=1e-6)
+        assert len(calls) == 1
+        output(adapter.model, {"input_ids": torch.tensor([rows[0][:-1]]), "attention_mask": torch.ones(1, 8).long()})
+    assert len(calls) == 2  # a shorter row is another row
+
+
+def test_heights() -> None:
+    expected = {
+        "lora[r=2]": 0, "lora[r=2,layers=-1:]": 2, "prompt[length=2]": 0, "head": 3, "bitfit": 0, "layernorm": 0,
+        "llama-adapter[length=2,layers=-2:]": 1, "houlsby[size=4,layers=-1:]": 0, "pfeiffer[size=4,layers=-1:]": 2,
+    }  # fmt: skip
+    assert {method: trunk_height(attached("bert", method)) for method in expected} == expected
+    assert trunk_height(attached("t5", "lora[r=2,layers=-1:]")) == 0
+    assert trunk_height(tt.attach(tiny("llama"), "full")) == 0
+
+
+def test_generation_and_embeddings_are_run_as_always() -> None:
+    adapter = attached("llama", "lora[r=2,layers=-1:]")
+    model = adapter.model.eval()
+    ids = torch.tensor([[5, 9, 11, 4]])
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad(), cached_trunk(adapter, Store(ENOUGH)):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        assert torch.equal(
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False), plain
+        )
+        moved = model(inputs_embeds=embeds, use_cache=False).logits
+        shifted = model(input_ids=ids, position_ids=torch.arange(3, 7)[None] * 2, use_cache=False).logits
+    with torch.no_grad():
+        torch.testing.assert_close(moved, model(inputs_embeds=embeds, use_cache=False).logits)
+        other = model(input_ids=ids, position_ids=torch.arange(3, 7)[None] * 2, use_cache=False).logits
+    torch.testing.assert_close(shifted, other)
+    assert not torch.allclose(shifted, moved)
+
+
+# The store
+
+
+def filled(store: Store) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    rows = {f"row{at}": torch.randn(at + 1, 6) for at in range(5)}
+    for key, states in rows.items():
+        store.put(key, 2, states)
+    return rows
+
+
+def test_rows_come_back_from_where_they_are_asked_for() -> None:
+    store = Store(ENOUGH)
+    rows = filled(store)
+    assert torch.equal(store.get("row4", 2), rows["row4"])  # type: ignore[arg-type]
+    assert torch.equal(store.get("row4", 4), rows["row4"][2:])  # type: ignore[arg-type]
+    assert store.get("row4", 1) is None and store.get("unknown", 2) is None
+
+
+def test_beyond_the_memory_a_file_takes_over_and_goes_with_the_store() -> None:
+    store = Store(100)
+    rows = filled(store)
+    assert len(store.memory) == 2 and len(store.places) == 3
+    for key, states in rows.items():
+        assert torch.equal(store.get(key, 2), states)  # type: ignore[arg-type]
+    path = store._path
+    assert path is not None and path.exists()
+    store.close()
+    assert not path.exists()
+
+
+def test_no_memory_keeps_nothing_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = attached("llama", "lora[r=2,layers=-1:]")
+    batch = inputs("llama")
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        store = Store(0)
+        with cached_trunk(adapter, store):
+            first, second = (output(adapter.model, batch) for _ in range(2))
+    assert torch.equal(first, second) and not store.memory and not store.places
+    assert len(caplog.records) == 1
+
+
+def test_a_full_disk_ends_the_keeping_not_the_run(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    store = Store(100)
+
+    def full(states: torch.Tensor) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_append", full)
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        rows = filled(store)
+    assert len(caplog.records) == 1 and store.full
+    assert torch.equal(store.get("row0", 2), rows["row0"])  # type: ignore[arg-type]
+    assert store.get("row4", 2) is None
+
+
+def test_a_folder_serves_a_later_run_with_the_same_facts_only(tmp_path: Path) -> None:
+    store = Store(ENOUGH, tmp_path, {"base": "one"})
+    rows = filled(store)
+    store.close()
+    again = Store(ENOUGH, tmp_path, {"base": "one"})
+    for key, states in rows.items():
+        assert torch.equal(again.get(key, 2), states)  # type: ignore[arg-type]
+    again.close()
+    other = Store(ENOUGH, tmp_path, {"base": "another"})
+    assert other.get("row0", 2) is None and not list(tmp_path.glob("*.bin"))
+    other.close()
+
+
+def test_an_interrupted_run_leaves_nothing_that_is_trusted(tmp_path: Path) -> None:
+    store = Store(ENOUGH, tmp_path, {})
+    filled(store)
+    store.commit()
+    store.put("late", 0, torch.randn(4, 6))  # written, but not in the index
+    store._lock.release()
+    again = Store(ENOUGH, tmp_path, {})
+    assert again.get("row1", 2) is not None and again.get("late", 0) is None
+    again.put("new", 0, torch.ones(2, 6))
+    assert torch.equal(again.get("new", 0), torch.ones(2, 6))  # type: ignore[arg-type]
+    again.close()
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "index", "foreign"])
+def test_damage_is_refilled(tmp_path: Path, damage: str) -> None:
+    store = Store(ENOUGH, tmp_path, {})
+    rows = filled(store)
+    store.close()
+    (data,) = tmp_path.glob("*.bin")
+    content = bytearray(data.read_bytes())
+    if damage == "short":
+        data.write_bytes(content[:-1])
+    elif damage == "flipped":
+        content[0] ^= 1
+        data.write_bytes(content)
+    elif damage == "index":
+        (tmp_path / INDEX).write_text("{")
+    else:
+        index = json.loads((tmp_path / INDEX).read_text())
+        index["file"] = "../../etc/passwd"
+        (tmp_path / INDEX).write_text(json.dumps(index))
+    again = Store(ENOUGH, tmp_path, {})
+    assert again.get("row0", 2) is None
+    if damage == "flipped":
+        assert torch.equal(again.get("row4", 2), rows["row4"])  # type: ignore[arg-type]
+    again.put("row0", 2, rows["row0"])
+    assert torch.equal(again.get("row0", 2), rows["row0"])  # type: ignore[arg-type]
+    again.close()
+
+
+def test_a_folder_in_use_is_left_to_the_other_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = Store(ENOUGH, tmp_path, {})
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        second = Store(ENOUGH, tmp_path, {})
+    rows = filled(second)
+    assert torch.equal(second.get("row3", 2), rows["row3"])  # type: ignore[arg-type]
+    assert len(caplog.records) == 1
+    second.close()
+    first.close()
+
+
+def test_facts_tell_bases_boundaries_and_shifts_apart() -> None:
+    def facts(family: str, method: str) -> dict[str, Any]:
+        adapter = attached(family, method)
+        return trunk_facts(adapter, model_fingerprint(adapter.model))
+
+    one = facts("gpt2", "lora[r=2,layers=-1:]")
+    assert one == facts("gpt2", "pfeiffer[size=4,layers=-1:]")
+    others = [
+        facts("gpt2", "lora[r=2,layers=-2:]"),
+        facts("llama", "lora[r=2,layers=-1:]"),
+        facts("gpt2", "prefix[length=3,hidden=8,layers=-1:]"),
+    ]
+    assert all(one != other for other in others)
