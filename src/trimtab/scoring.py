@@ -204,9 +204,10 @@ def generated(run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[st
     model: Any = run.model
     ends = _end_tokens(model, run.tokenizer)
     method = next((adapter.method for adapter in adapters(model).values()), None)
+    side = "left" if run.kind == "causal" else "right"  # an encoder's padding must not part virtual tokens from a text
 
     def step(batch: list[int]) -> list[str]:
-        inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side="left")
+        inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side)
         found = model.generate(
             **inputs,
             max_new_tokens=new_tokens(method, model.config, inputs["input_ids"].shape[1], max_new_tokens),
