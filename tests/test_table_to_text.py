@@ -304,6 +304,24 @@ def test_a_steps_gradients_are_those_of_a_loop_over_its_rows(
             torch.testing.assert_close(kept[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_two_draws_are_compared_per_sentence_too(tmp_path: Path) -> None:
+    """AdaMix: the cross-entropy and the divergence both lose the mean over tokens for that over sentences."""
+    losses = {}
+    for per in ("token", "sentence"):
+        model = tiny("llama")
+        torch.manual_seed(1)
+        adapter = tt.attach(model, "adamix[size=4]")
+        for parameter in adapter.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+        args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+        made = Trainer(model.train(), args, loss_per=per)
+        inputs = Collator(0)(examples())
+        torch.manual_seed(5)
+        losses[per] = float(made.compute_loss(model, dict(inputs)).detach())
+    tokens = sum(label != -100 for row in examples() for label in row["labels"])
+    assert losses["sentence"] == pytest.approx(losses["token"] * tokens / (len(ROWS) - 1), rel=1e-5)
+
+
 def test_a_loss_of_transformers_own_has_no_sentences(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no mean per sentence; use loss_per=token"):
         steps_of(tmp_path, "llama", "sentence", label_smoothing_factor=0.1)
