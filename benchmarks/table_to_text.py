@@ -6,8 +6,10 @@ and how one is made and shown; refuses to know how methods train and how texts a
     python -m benchmarks.table_to_text --data e2e.jsonl --quick      a few tables and steps, with a page of its own
 
 The data has a row a table: {"table": "name: …", "references": ["…", …]}. A cell is one training run (method, learning
-rate) and its scores; it leaves one JSON file and is not run again with the same settings and data. Tables are on one
-side each. A method's learning rate is the one with the lowest loss on the dev tables; the test tables choose nothing.
+rate) with its loss on the dev tables, or the texts of one for the test tables; it leaves one JSON file and is not run
+again with the same settings and data. A method's learning rate is the one with the lowest loss on the dev tables, and
+only that run writes texts: the test tables choose nothing. Trained weights are kept beside the results; of full
+fine-tuning these are half a gigabyte a learning rate.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. Equal settings and data mean an equal result, so they are stored with it."""
+    """One training run. Equal settings and data mean an equal result, so they are stored with it."""
 
     entry: str
     method: str
@@ -64,21 +66,33 @@ class Cell:
     dev_tables: int = 20
     test_tables: int | None = None
     """None: all others."""
-    references: int = 3
+    references: int = 2
     """References of a table that are learned, at most; a seeded sample."""
     epochs: int = 1
     batch_rows: int = 4
     warmup: float = 0.06
-    beams: int = 5
-    """As in the paper."""
-    max_new_tokens: int = 50
-    """The longest reference has 48, and its end."""
     seed: int = 0
 
     @property
     def name(self) -> str:
-        """File name of the result, without suffix."""
+        """File name of the result, without suffix; the folder of the trained weights."""
         return f"{self.entry}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts that a training run's model writes for the test tables."""
+
+    trained: Cell
+    beams: int = 5
+    """As in the paper."""
+    max_new_tokens: int = 50
+    """The longest reference has 48, and its end."""
+
+    @property
+    def name(self) -> str:
+        """File name of the result, without suffix."""
+        return f"{self.trained.name}-texts"
 
 
 ENTRIES = (
@@ -140,31 +154,39 @@ def base() -> tuple[Any, Any]:
         return load_model(MODEL, KIND), load_tokenizer(MODEL)  # type: ignore[arg-type]
 
 
-def run(path: str, cell: Cell) -> Figures:
-    """Train a fresh copy of the base as the cell says, and score it."""
+def encode(path: str, cell: Cell, side: str) -> list[Any]:
+    """The examples of one side."""
+    from trimtab.tasks import encode_all
+
+    return encode_all(task(), sides(path, cell)[side], base()[1], LENGTH, KIND, every_reference=side == "train")
+
+
+def task() -> Any:
+    """What the rows are for."""
+    from trimtab.tasks import Generate
+
+    return Generate(TEMPLATE, text_column="table", label_column="references")
+
+
+def run(path: str, folder: Path, cell: Cell) -> Figures:
+    """Train a fresh copy of the base as the cell says, keep what was trained, and measure its loss."""
     from transformers import set_seed
 
     import trimtab as tt
-    from trimtab.tasks import Generate, encode_all
 
     original, tokenizer = base()
-    model = copy.deepcopy(original)
-    task = Generate(TEMPLATE, text_column="table", label_column="references")
-    rows = sides(path, cell)
-    examples = {
-        side: encode_all(task, own, tokenizer, LENGTH, KIND, every_reference=side == "train")
-        for side, own in rows.items()
-    }
+    model, examples = copy.deepcopy(original), encode(path, cell, "train")
     set_seed(cell.seed)
     figures: Figures = {"base_parameters": sum(weight.numel() for weight in model.parameters())}
     adapter = tt.attach(model, cell.method, tokenizer=tokenizer)
     figures["trained_parameters"] = sum(weight.numel() for weight in adapter.parameters())
-    figures |= {"train_pairs": len(examples["train"]), **train(cell, adapter, examples["train"], tokenizer)}
+    figures |= {"train_pairs": len(examples), **train(cell, adapter, examples, tokenizer)}
     adapter.fold()
     figures["deployed_parameters"] = sum(weight.numel() for weight in adapter.parameters())
     if cell.entry == "prefix":
         check_share(model.config, figures)
-    return figures | score(cell, model, tokenizer, task, examples)
+    adapter.save(folder / cell.name)
+    return figures | {"dev_loss": dev_loss(model, tokenizer, encode(path, cell, "dev"))}
 
 
 def check_share(config: Any, figures: Figures) -> None:
@@ -201,29 +223,51 @@ def train(cell: Cell, adapter: Any, examples: list[Any], tokenizer: Any) -> Figu
     return {f"train_{name}": value for name, value in measure(trainer).items()}
 
 
-def score(cell: Cell, model: Any, tokenizer: Any, task: Any, examples: Mapping[str, list[Any]]) -> Figures:
-    """The loss on the dev tables; texts and their metrics on the test tables."""
-    from trimtab.evaluate import BATCH_TOKENS, predict
+def dev_loss(model: Any, tokenizer: Any, examples: list[Any]) -> float:
+    """Nats per token of all references."""
+    from trimtab.evaluate import BATCH_TOKENS
     from trimtab.scoring import Run, answer_loss
+    from trimtab.tasks.generate import with_each_answer
+
+    pairs = [pair for example in examples for pair in with_each_answer(example, KIND)]
+    return answer_loss(Run(model, tokenizer, KIND, BATCH_TOKENS, False), pairs)
+
+
+def write_texts(path: str, folder: Path, texts: Texts) -> Figures:
+    """The texts for the test tables, and their metrics."""
+    from trimtab.evaluate import predict
     from trimtab.search import Search
     from trimtab.text_metrics import text_metrics
 
+    model, tokenizer = trained(folder / texts.trained.name), base()[1]
+    examples = encode(path, texts.trained, "test")
     start = time.perf_counter()
-    figures: Figures = {"dev_loss": answer_loss(Run(model, tokenizer, KIND, BATCH_TOKENS, False), examples["dev"])}
-    figures["dev_seconds"] = round(time.perf_counter() - start, 1)
-    start = time.perf_counter()
-    how: Any = {"max_new_tokens": cell.max_new_tokens, "search": Search(cell.beams), "show": False}
-    texts = predict(model, tokenizer, task, examples["test"], KIND, **how)
-    figures["test_seconds"] = round(time.perf_counter() - start, 1)
-    metrics = text_metrics(texts, [example.target for example in examples["test"]])
-    return figures | {f"test_{name}": value for name, value in metrics.items()} | {"texts": texts}
+    how: Any = {"max_new_tokens": texts.max_new_tokens, "search": Search(texts.beams), "show": False}
+    found = predict(model, tokenizer, task(), examples, KIND, **how)
+    seconds = round(time.perf_counter() - start, 1)
+    metrics = text_metrics(found, [example.target for example in examples])
+    return {"seconds": seconds, **metrics, "texts": found}
 
 
-def estimate(cell: Cell) -> float:
+def trained(folder: Path) -> Any:
+    """A fresh base with what a run trained."""
+    import trimtab as tt
+    from trimtab.models import load_model, quiet
+
+    if (folder / "config.json").exists():  # a whole model
+        with quiet():
+            return load_model(str(folder), KIND)  # type: ignore[arg-type]
+    model = copy.deepcopy(base()[0])
+    tt.load(model, folder)
+    return model
+
+
+def estimate(cell: Cell | Texts) -> float:
     """About how many seconds a cell takes with one thread."""
+    if isinstance(cell, Texts):
+        return 5.0 * (43 if cell.trained.test_tables is None else cell.trained.test_tables)
     tokens = 50 * cell.train_tables * min(cell.references, 2.6) * cell.epochs
-    searched = 43 if cell.test_tables is None else cell.test_tables
-    return 10 + tokens / 80 * (1.0 if cell.entry == "full" else 0.8) + 3 * searched + cell.dev_tables
+    return 10 + tokens / (45 if cell.entry == "full" else 80) + cell.dev_tables
 
 
 # -- the report ---------------------------------------------------------------------------------------------------
@@ -236,26 +280,31 @@ def chosen(cells: Sequence[Cell], results: Mapping[Cell, Figures]) -> Cell | Non
     return min(cells, key=lambda cell: results[cell]["dev_loss"])
 
 
-def report(path: str, plan: Mapping[str, list[Cell]], results: Mapping[Cell, Figures]) -> dict[str, list[str]]:
-    """The page's blocks."""
-    best = {name: cell for name, cells in plan.items() if (cell := chosen(cells, results))}
+def report(
+    path: str, plan: Mapping[str, list[Cell]], runs: Mapping[Cell, Figures], texts: Mapping[str, Figures]
+) -> dict[str, list[str]]:
+    """The page's blocks; `texts` are the chosen runs' by method."""
     lines = header("method", "trained", "deployed", "learning rate", *METRICS.values(), "training (s)", "texts (s)")
-    for name, cell in best.items():
-        found = results[cell]
-        scores = (f"{found[f'test_{metric}']:.2f}" if f"test_{metric}" in found else "–" for metric in METRICS)
+    for name, own in texts.items():
+        cell = chosen(plan[name], runs)
+        assert cell is not None
+        found = runs[cell]
+        scores = (f"{own[metric]:.2f}" if metric in own else "–" for metric in METRICS)
         deployed = f"{found['deployed_parameters']:,} ({found['deployed_parameters'] / found['base_parameters']:.2%})"
-        seconds = f"{found['train_seconds']:.0f}", f"{found['test_seconds']:.0f}"
+        seconds = f"{found['train_seconds']:.0f}", f"{own['seconds']:.0f}"
         lines.append(row(name, f"{found['trained_parameters']:,}", deployed, f"{cell.lr:g}", *scores, *seconds))
-    missing = [f"{name} has no result yet." for name in plan if name not in best]
+    missing = [f"{name} has no result yet." for name in plan if name not in texts]
+    like = next(iter(plan.values()))[0]
     return {
-        "setup": setup_lines(path, next(iter(plan.values()))[0]),
-        "scores": [*lines, "", *missing] if best else ["No results yet."],
-        "difference": difference_lines(path, best, results),
-        "rates": rate_lines(plan, results),
+        "setup": setup_lines(path, Texts(like)),
+        "scores": [*lines, "", *missing] if texts else ["No results yet."],
+        "difference": difference_lines(texts, [own["references"] for own in sides(path, like)["test"]]),
+        "rates": rate_lines(plan, runs),
     }
 
 
-def setup_lines(path: str, cell: Cell) -> list[str]:
+def setup_lines(path: str, texts: Texts) -> list[str]:
+    cell = texts.trained
     rows = sides(path, cell)
     pairs = sum(len(dict.fromkeys(own["references"])) for own in rows["train"])
     asked = sum(len(own["references"]) for own in rows["test"])
@@ -263,30 +312,28 @@ def setup_lines(path: str, cell: Cell) -> list[str]:
         f"{len(rows['train'])} tables with at most {cell.references} references each to learn from ({pairs} pairs, "
         f"{cell.epochs} epoch{'s' * (cell.epochs > 1)}, batches of {cell.batch_rows} rows of mean length), "
         f"{len(rows['dev'])} to choose the learning rate by, {len(rows['test'])} to test on ({asked} references), seed "
-        f"{cell.seed}. Texts by beam search with {cell.beams} beams, at most {cell.max_new_tokens} tokens."
+        f"{cell.seed}. Texts by beam search with {texts.beams} beams, at most {texts.max_new_tokens} tokens."
     ]
 
 
-def rate_lines(plan: Mapping[str, list[Cell]], results: Mapping[Cell, Figures]) -> list[str]:
-    lines = header("method", "learning rate", "dev loss", "test BLEU")
+def rate_lines(plan: Mapping[str, list[Cell]], runs: Mapping[Cell, Figures]) -> list[str]:
+    lines = header("method", "learning rate", "dev loss")
     for cells in plan.values():
         for cell in cells:
-            found = results.get(cell)
-            loss, bleu = (f"{found['dev_loss']:.3f}", f"{found['test_bleu']:.2f}") if found else ("not yet", "–")
-            lines.append(row(f"`{cell.method}`", f"{cell.lr:g}", loss, bleu))
+            loss = f"{runs[cell]['dev_loss']:.3f}" if cell in runs else "not yet"
+            lines.append(row(f"`{cell.method}`", f"{cell.lr:g}", loss))
     return lines
 
 
-def difference_lines(path: str, best: Mapping[str, Cell], results: Mapping[Cell, Figures]) -> list[str]:
+def difference_lines(texts: Mapping[str, Figures], references: Sequence[Sequence[str]]) -> list[str]:
     """Whether each small method is within a point of BLEU of full fine-tuning, with an interval."""
-    if "full" not in best:
+    if "full" not in texts:
         return ["Full fine-tuning has no result yet."]
     lines = []
-    for name, cell in best.items():
+    for name in texts:
         if name == "full":
             continue
-        references = [own["references"] for own in sides(path, cell)["test"]]
-        mean, low, high = bleu_difference(results[cell]["texts"], results[best["full"]]["texts"], references)
+        mean, low, high = bleu_difference(texts[name]["texts"], texts["full"]["texts"], references)
         verdict = "yes" if mean >= -1 else "no"
         lines.append(
             f"- {name} ≥ full − 1 BLEU: **{verdict}** ({mean:+.2f} BLEU; 95 % interval over test tables, paired "
@@ -325,7 +372,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--report", action="store_true", help="write the page from the results that are there")
     made.add_argument("--method", choices=[entry.name for entry in ENTRIES], action="append", help="run this only")
     made.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the pairs (1)")
-    made.add_argument("--references", type=int, default=3, metavar="N", help="references a table to learn from (3)")
+    made.add_argument("--references", type=int, default=2, metavar="N", help="references a table to learn from (2)")
     made.add_argument("--threads", type=int, default=1, metavar="N", help="threads (1)")
     made.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (benchmarks/out/table-to-text)")
     return made
@@ -353,22 +400,43 @@ def main() -> int:
     )
     folder.mkdir(parents=True, exist_ok=True)
     cells = [cell for name, own in plan.items() if not arguments.method or name in arguments.method for cell in own]
-    crashed: list[Cell] = []
+    crashed = 0
     if not arguments.report:
-        left = sum(estimate(cell) for cell in cells if cell not in known(folder, cells))
-        print(f"about {left / 60:.0f} minutes with one thread", flush=True)
         try:
-            crashed = run_all(folder, cells, functools.partial(run, arguments.data), Clock(estimate, left))
+            crashed = run_plan(arguments.data, folder, cells)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", flush=True)
             return 130
-    results = known(folder, [cell for own in plan.values() for cell in own])
-    blocks = report(arguments.data, plan, results)
+    runs = known(folder, [cell for own in plan.values() for cell in own])
+    blocks = report(arguments.data, plan, runs, known_texts(folder, plan, runs))
     print("\n\n".join("\n".join(lines) for lines in blocks.values()))
     page = (ROOT / "docs/table-to-text.md").read_text(encoding="utf-8")
     target = folder / "table-to-text.md" if arguments.quick else ROOT / "docs/table-to-text.md"
     write(target, fill(page, blocks, target.name))
     return 1 if crashed else 0
+
+
+def run_plan(path: str, folder: Path, cells: Sequence[Cell]) -> int:
+    """Run what has no result: training first, then the texts of each method's best; returns how many crashed."""
+    best = {cell.entry: Texts(cell) for cell in cells}  # any of a method's, for the estimate
+    done: set[Any] = {*known(folder, cells), *known(folder, [Texts(cell) for cell in cells])}
+    written = {texts.trained.entry for texts in done if isinstance(texts, Texts)}
+    left = sum(estimate(cell) for cell in cells if cell not in done)
+    left += sum(estimate(texts) for name, texts in best.items() if name not in written)
+    print(f"about {left / 60:.0f} minutes with one thread", flush=True)
+    clock = Clock(estimate, left)
+    crashed = len(run_all(folder, cells, functools.partial(run, path, folder), clock))
+    runs = known(folder, cells)
+    groups = [[cell for cell in cells if cell.entry == name] for name in best]
+    asked = [Texts(cell) for own in groups if (cell := chosen(own, runs))]
+    return crashed + len(run_all(folder, asked, functools.partial(write_texts, path, folder), clock))
+
+
+def known_texts(folder: Path, plan: Mapping[str, list[Cell]], runs: Mapping[Cell, Figures]) -> dict[str, Figures]:
+    """The figures of each method's chosen run's texts, where there are some."""
+    asked = {name: Texts(cell) for name, cells in plan.items() if (cell := chosen(cells, runs))}
+    found = known(folder, asked.values())
+    return {name: found[texts] for name, texts in asked.items() if texts in found}
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class Generate:
 
     def score(self, run: Run, examples: Sequence[Example], max_new_tokens: int | None) -> dict[str, float]:
         """loss and perplexity over all references; the metrics of one text for each different prompt."""
-        pairs = [pair for example in examples for pair in _with_each_answer(example, run.kind)]
+        pairs = [pair for example in examples for pair in with_each_answer(example, run.kind)]
         loss = answer_loss(run, pairs)
         asked, references = _prompts(examples)
         texts = generated(run, asked, max_new_tokens or _longest_answer(pairs))
@@ -127,7 +127,7 @@ class Generate:
         return FORMS[self.form](self.template, self.text_column, self.label_column)
 
 
-def _with_each_answer(example: Example, kind: str) -> list[Example]:
+def with_each_answer(example: Example, kind: str) -> list[Example]:
     """An example for each of its reference texts."""
     prompt = prompt_of(example)
     shifted = [IGNORED] * len(prompt) if kind == "causal" else []
