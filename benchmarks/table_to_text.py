@@ -98,6 +98,7 @@ class Texts:
 ENTRIES = (
     Entry("full", "full", (1e-5, 3e-5)),
     Entry("prefix", "prefix[length=16]", (1e-4, 2e-4)),
+    Entry("prefix-flat", "prefix[length=16,form=flat]", (5e-3, 1e-2)),
     Entry("lora", "lora[r=8]", (5e-4, 1e-3)),
 )
 """The rates are among those that the quality benchmark tries for this model."""
@@ -183,7 +184,7 @@ def run(path: str, folder: Path, cell: Cell) -> Figures:
     figures |= {"train_pairs": len(examples), **train(cell, adapter, examples, tokenizer)}
     adapter.fold()
     figures["deployed_parameters"] = sum(weight.numel() for weight in adapter.parameters())
-    if cell.entry == "prefix":
+    if cell.entry.startswith("prefix"):
         check_share(model.config, figures)
     adapter.save(folder / cell.name)
     return figures | {"dev_loss": dev_loss(model, tokenizer, encode(path, cell, "dev"))}
