@@ -128,6 +128,7 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
         batch_tokens=settings.batch_tokens,
         pad_id=data.tokenizer.pad_token_id,
         log_file=folder / LOG,
+        loss_per=settings.loss_per,
         show=show,
     )
 
