@@ -1,5 +1,5 @@
-"""The trunk cache: the same loss and gradients as without, lower layers run once a row, and a store that is trusted only
-where it may be."""
+"""The trunk cache: the same loss and gradients as without, lower layers run once a row, and a store that is trusted
+only where it may be."""
 
 from __future__ import annotations
 

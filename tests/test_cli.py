@@ -162,6 +162,67 @@ def test_generate_continues_a_text(tmp_path, llama):
     assert result.exit_code == 0, result.output
 
 
+def test_table_to_text_with_beams(tmp_path, llama, monkeypatch):
+    rows = [
+        {"table": f"name: {i}", "references": [f"{i} is {word}" for word in ("here", "there", "nowhere")[: 1 + i % 3]]}
+        for i in range(16)
+    ]
+    data, folder = write_rows(tmp_path / "tables.jsonl", rows), tmp_path / "out"
+    flags = ["--task", "generate", "--model", llama, "--data", data, "--template", "{table}\\n", "--epochs", "1"]
+    flags += ["--label-column", "references", "--eval-share", "0.25"]
+    search = ["--beams", "3", "--length-penalty", "0.5", "--no-repeat-ngram-size", "2", "--max-new-tokens", "9"]
+    result = run("train", *flags, *search, "--loss-per", "sentence", "--output", folder)
+    assert result.exit_code == 0, (result.output, result.exception)
+    kept = (folder / "run.yaml").read_text(encoding="utf-8")
+    said = ("num_beams: 3", "length_penalty: 0.5", "no_repeat_ngram_size: 2", "max_new_tokens: 9", "loss_per: sentence")
+    assert all(f"{line}\n" in kept for line in said)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["after"]
+    assert {"loss", "perplexity", "bleu", "nist"} <= set(metrics)
+    assert json.loads(run("eval", folder, "--json").stdout) == metrics
+    seen, search = [], ("num_beams", "length_penalty", "no_repeat_ngram_size", "max_new_tokens")
+    made = tf.GenerationMixin.generate
+    monkeypatch.setattr(
+        tf.GenerationMixin, "generate", lambda *a, **k: (seen.append([k[name] for name in search]), made(*a, **k))[1]
+    )
+    other = run("eval", folder, "--json", "--beams", "1", "--max-new-tokens", "2")
+    assert json.loads(other.stdout)["loss"] == metrics["loss"]
+    run("eval", folder)
+    run("generate", folder, "--prompt", "a", "--max-new-tokens", "3", "--beams", "2")
+    assert seen == [[1, 1.0, 2, 2], [3, 0.5, 2, 9], [2, 0.5, 2, 3]]
+    few, many = (run("generate", folder, "--prompt", "name: 3", *more) for more in ([], ["--max-new-tokens", "30"]))
+    assert few.exit_code == many.exit_code == 0, (few.output, many.output)
+    greedy = run("generate", folder, "--prompt", "name: 3", "--beams", "1", "--no-repeat-ngram-size", "0")
+    assert greedy.exit_code == 0, greedy.output
+    assert greedy.stdout != few.stdout
+    assert "num_beams must be at least 1, not 0" in refused("generate", folder, "--prompt", "a", "--beams", "0")
+    assert "no_repeat_ngram_size must be at least 0" in refused("eval", folder, "--no-repeat-ngram-size", "-2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beams", "0"], "num_beams='0' must be greater than 0"),
+        (["--beams", "two"], "num_beams='two' must be a valid integer"),
+        (["--length-penalty", "inf", "--beams", "2"], "length_penalty='inf' must be a finite number"),
+        (["--length-penalty", "2"], "length_penalty=2 ranks beams: it needs num_beams of at least 2"),
+        (["--no-repeat-ngram-size", "-1"], "no_repeat_ngram_size='-1' must be greater than or equal to 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens='0' must be greater than 0"),
+        (["--loss-per", "sentense"], "did you mean sentence?"),
+        (["--task", "classify", "--beams", "2"], "num_beams belongs to the task 'generate', not to 'classify'"),
+        (["--task", "classify", "--max-new-tokens", "2"], "max_new_tokens belongs to the task 'generate'"),
+    ],
+)
+def test_a_search_that_means_nothing(tmp_path, llama, data, flags, message):
+    task = [] if "--task" in flags else ["--task", "generate"]
+    assert message in refused("train", "--model", llama, "--data", data, "--output", tmp_path / "out", *task, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_has_no_beams(trained):
+    assert "num_beams belongs to the task 'generate'" in refused("eval", trained[0], "--beams", "2")
+    assert "num_beams belongs" in refused("generate", trained[0], "--prompt", "a", "--beams", "2")
+
+
 def test_inspect_one_folder_and_a_folder_of_them(trained):
     folder, _ = trained
     assert "lora[r=2]" in run("inspect", folder).stdout

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 import trimtab as tt
 from trimtab.evaluate import evaluate, predict
 from trimtab.head import decoder_inputs
-from trimtab.metrics import classification_metrics, corpus_bleu
+from trimtab.metrics import classification_metrics
 from trimtab.tasks import Classify, Generate
+from trimtab.text_metrics import corpus_bleu
 
 COMMON = dict(vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **COMMON)

@@ -580,6 +580,8 @@ def test_questions_in_every_form() -> None:
     assert "### Instruction:\nthe day\n\n### Response:\n" in parts(asked, tokenizer)[0] and asked.target == []
     with pytest.raises(UserError, match="the template also needs topic; give a row"):
         Classify(("no", "yes"), "{topic}: {text}").encode("the day", tokenizer, 99, "causal")
+    alone = Generate("{table} and {table}\n").encode("the day", tokenizer, 99, "causal")  # only one column to fill
+    assert parts(alone, tokenizer) == ("the day and the day\n", "")
 
 
 # Labels, words and configurations

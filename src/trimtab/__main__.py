@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 _VERBOSE = "TRIMTAB_VERBOSE"
+NEW_TOKENS = 128
+"""Tokens that `trimtab generate` writes at most where neither it nor the run says otherwise."""
 WIDTH = 120
 """Columns of a table where stdout is no terminal."""
 
@@ -41,6 +43,18 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of `trimtab train`.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+NewTokens = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Tokens to generate at most; default: as the run.")
+]
+Beams = Annotated[
+    int | None, typer.Option("--beams", metavar="N", help="Beams of the search for a text; default: as the run.")
+]
+Penalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Beams are ranked by log p / length^X; default: as the run.")
+]
+Repeats = Annotated[
+    int | None, typer.Option(metavar="N", help="No n-gram of this length twice (0: any); default: as the run.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own messages, and tracebacks.")]
 
 
@@ -228,11 +242,16 @@ def eval_(
     every_row: Annotated[
         bool, typer.Option("--every-row", help="Do not leave out the rows that the run trained on.")
     ] = False,
+    num_beams: Beams = None,
+    length_penalty: Penalty = None,
+    no_repeat_ngram_size: Repeats = None,
+    max_new_tokens: NewTokens = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's adapter on a fresh base.
 
-    Without --data on the rows that the run held out: the numbers of its metrics.json.
+    Without --data on the rows that the run held out: the numbers of its metrics.json. Texts are looked for as the run
+    did, unless another search is given.
     """
     _hush_libraries()
     from trimtab.tuned import evaluate_run, is_own_data
@@ -240,7 +259,15 @@ def eval_(
     if data is not None and not every_row and is_own_data(folder, data):
         _say("these are the run's own data: evaluating on the rows that it held out (--every-row takes all)")
         data = None
-    metrics = evaluate_run(folder, data, limit_rows=limit)
+    metrics = evaluate_run(
+        folder,
+        data,
+        limit_rows=limit,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        max_new_tokens=max_new_tokens,
+    )
     if as_json:
         return _print_json(metrics)
     for name, value in metrics.items():
@@ -253,7 +280,10 @@ def generate(
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="The text; the run's template is put around it.", show_default=False)
     ],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate at most.")] = 128,
+    max_new_tokens: NewTokens = None,
+    num_beams: Beams = None,
+    length_penalty: Penalty = None,
+    no_repeat_ngram_size: Repeats = None,
     choice: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="One of the texts to choose from (task choose); repeat for each."),
@@ -267,7 +297,10 @@ def generate(
     _hush_libraries()
     from trimtab.tuned import ask, load_run
 
-    print(ask(load_run(folder), prompt, max_new_tokens, choice or ()))
+    run = load_run(folder).searching(
+        num_beams=num_beams, length_penalty=length_penalty, no_repeat_ngram_size=no_repeat_ngram_size
+    )
+    print(ask(run, prompt, max_new_tokens or run.max_new_tokens or NEW_TOKENS, choice or ()))
 
 
 @command("merge")

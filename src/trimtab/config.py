@@ -30,6 +30,9 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "limit": _POSITIVE,
     "eval_limit": _POSITIVE,
     "eval_share": {"gt": 0, "lt": 1},
+    "max_new_tokens": _POSITIVE,
+    "num_beams": _POSITIVE,
+    "no_repeat_ngram_size": {"ge": 0},
     "seed": {"ge": 0, "lt": 2**32},
     "gradient_accumulation": _POSITIVE,
     "warmup": {"ge": 0, "lt": 1},
@@ -40,7 +43,9 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 _CHOICES: dict[str, Any] = {
     "task": Literal["classify", "regress", "tag", "choose", "generate"],
     "dtype": Literal["float32", "bfloat16", "float16", "auto"],
+    "loss_per": Literal["token", "sentence"],
 }
+_FLAGS = {"num_beams": "--beams"}
 _SIGNS = {"model": "MODEL", "data": "DATA", "eval_data": "DATA", "output": "DIR", "method": "METHOD", "task": "TASK"}
 WRITTEN = ("versions",)
 """Keys of a finished run's run.yaml that are no settings; a run may be started from that file again."""
@@ -85,7 +90,7 @@ def is_flag(name: str) -> bool:
 
 def flag(name: str) -> str:
     """'batch_size' -> '--batch-size'."""
-    return "--" + name.replace("_", "-")
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def metavar(name: str) -> str:

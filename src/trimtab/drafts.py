@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from trimtab.errors import UserError
@@ -34,11 +35,11 @@ def drafted(task: Drafting, rows: Sequence[Asked], reading: Reading) -> list[Exa
     end, free = task.ends(codec), task.room(codec)
     drafts = [_draft(task, asked, codec) for asked in rows]
     prompts = codec.prompts([full for _, full in drafts])
-    answers = _answers(codec, [draft for draft, _ in drafts], end, reading.every_reference)
+    answers = _answers(codec, [draft for draft, _ in drafts], end)
     examples: list[Example] = []
     for asked, (draft, _), ids, own in zip(rows, drafts, prompts, answers, strict=True):
         with asked.named():
-            examples += _fitted(codec, draft, ids, own, free, reading.max_length)
+            examples += _fitted(codec, draft, ids, own, free, reading)
     return examples
 
 
@@ -49,22 +50,24 @@ def _draft(task: Drafting, asked: Asked, codec: Codec) -> tuple[Draft, str]:
         return draft, draft.prompt.full()
 
 
-def _answers(codec: Codec, drafts: list[Draft], end: bool, every: bool) -> list[list[Ids]]:
+def _answers(codec: Codec, drafts: list[Draft], end: bool) -> list[list[Ids]]:
     """Each draft's answers as token ids; each different answer is tokenised once."""
-    chosen = [draft.answers if every else draft.answers[:1] for draft in drafts]
-    texts = list(dict.fromkeys(text for own in chosen for text in own))
+    texts = list(dict.fromkeys(text for draft in drafts for text in draft.answers))
     ids = dict(zip(texts, codec.answers(texts, end), strict=True))
-    return [[ids[text] for text in own] for own in chosen]
+    return [[ids[text] for text in draft.answers] for draft in drafts]
 
 
-def _fitted(codec: Codec, draft: Draft, prompt: Ids, answers: list[Ids], free: int, max_length: int) -> list[Example]:
+def _fitted(codec: Codec, draft: Draft, prompt: Ids, answers: list[Ids], free: int, reading: Reading) -> list[Example]:
     """The examples of one draft. All its answers follow the same prompt."""
-    longest = max(map(len, answers), default=0)
+    longest, max_length = max(map(len, answers), default=0), reading.max_length
     room = max_length - (max(free, longest) if codec.kind == "causal" else 0)
     if longest > max_length or room < 1:
         raise UserError(f"the answer takes {longest} tokens of at most {max_length}; raise --max-length")
     ids = codec.fit(draft.prompt, prompt, room)
-    return [_example(codec.kind, ids, answer, draft.target) for answer in answers or [[]]]
+    if reading.every_reference:
+        return [_example(codec.kind, ids, answer, draft.target) for answer in answers or [[]]]
+    first, *others = answers or [[]]
+    return [replace(_example(codec.kind, ids, first, draft.target), others=others)]
 
 
 def _example(kind: str, prompt: Ids, answer: Ids, target: int | float | list[str]) -> Example:

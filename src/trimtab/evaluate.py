@@ -9,8 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.metrics import classification_metrics, corpus_bleu
+from trimtab.metrics import classification_metrics
 from trimtab.scoring import LONGEST_ANSWER, Run
+from trimtab.search import GREEDY, Search
+from trimtab.text_metrics import corpus_bleu
 
 __all__ = ["BATCH_TOKENS", "LONGEST_ANSWER", "classification_metrics", "corpus_bleu", "evaluate", "predict"]
 
@@ -27,17 +29,18 @@ def evaluate(
     *,
     batch_tokens: int = BATCH_TOKENS,
     max_new_tokens: int | None = None,
+    search: Search = GREEDY,
     show: bool | None = None,
 ) -> dict[str, float]:
     """The task's metrics on labelled examples, and their number as `examples`.
 
     classify: accuracy, macro_f1, mcc, loss. regress: pearson, spearman, mse, loss. tag: accuracy, entity_f1 (or
-    macro_f1), loss. choose: accuracy, loss. generate: loss, perplexity, bleu (of greedy generation, at most
-    `max_new_tokens`, by default as long as the longest answer). Losses are those of training: nats per answer token
-    (per example or tag for an encoder), of numbers the squared error. `show` turns the progress bar on or off. The
-    model's training mode is put back.
+    macro_f1), loss. choose: accuracy, loss. generate: loss, perplexity, and the text_metrics (bleu, nist, …) of what
+    `search` finds, at most `max_new_tokens` long, by default as long as the longest answer. Losses are nats per answer
+    token, of all references (per example or tag for an encoder), of numbers the squared error. `show` turns the
+    progress bar on or off. The model's training mode is put back.
     """
-    run = Run(model, tokenizer, kind, batch_tokens, show)
+    run = Run(model, tokenizer, kind, batch_tokens, show, search)
     return {**task.score(run, examples, max_new_tokens), "examples": len(examples)}
 
 
@@ -50,6 +53,7 @@ def predict(
     *,
     batch_tokens: int = BATCH_TOKENS,
     max_new_tokens: int = LONGEST_ANSWER,
+    search: Search = GREEDY,
     show: bool | None = None,
 ) -> list[str]:
     """What the model answers to each example, labelled or not.
@@ -57,4 +61,4 @@ def predict(
     The label (classify), the number (regress), a line with word and tag for each word (tag), the choice (choose) or
     the text (generate).
     """
-    return task.answers(Run(model, tokenizer, kind, batch_tokens, show), examples, max_new_tokens)
+    return task.answers(Run(model, tokenizer, kind, batch_tokens, show, search), examples, max_new_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trimtab.errors import UserError, unknown
@@ -28,6 +28,8 @@ class Example:
     """causal: how many of `input_ids` come before the answer; else all of them."""
     target: int | float | list[str]
     """classify: the class; regress: the number; generate: the reference texts."""
+    others: list[list[int]] = field(default_factory=list)
+    """The tokens of further reference texts, which the loss of an evaluation counts as well."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ def encode_all(
 
     Sequences (causal: prompt and answer together; seq2seq: source and target each) have at most `max_length` tokens:
     the end of the text is cut, never the template around it or the answer. With `every_reference` a row with several
-    reference texts gives one example for each (for training); else the first is the answer. With `asking` the answer
-    is left out, for prediction. `progress` is told how many more rows are done.
+    reference texts gives one example for each (for training); else the first is the answer and the example keeps the
+    others beside it. With `asking` the answer is left out, for prediction. `progress` is told how many more rows are
+    done.
     Raises UserError naming the row (from 1).
     """
     if kind not in KINDS:

@@ -158,7 +158,10 @@ def space(codec: Codec, template: str) -> str:
 
 
 def text_row(text: str, template: str, text_column: str) -> Row:
-    """A row that has only the text column. Raises UserError if the template needs more."""
-    if more := [name for name in placeholders(template) if name not in ("text", text_column)]:
-        raise UserError(f"the template also needs {', '.join(dict.fromkeys(more))}; give a row instead of a text")
+    """A row that has only the text column, or the only column of the template. Raises UserError if it needs more."""
+    names = dict.fromkeys(placeholders(template))
+    if more := [name for name in names if name not in ("text", text_column)]:
+        if len(names) == 1:
+            return {more[0]: text}
+        raise UserError(f"the template also needs {', '.join(more)}; give a row instead of a text")
     return {text_column: text}

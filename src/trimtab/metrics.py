@@ -1,10 +1,10 @@
-"""Numbers that say how good answers are. Knows predictions and truths; refuses to know models and tasks."""
+"""Numbers that say how good answers are that are no texts (text_metrics.py). Knows predictions and truths; refuses to
+know models and tasks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 
 def classification_metrics(predicted: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, float]:
@@ -75,18 +75,3 @@ def entity_f1(predicted: Sequence[Sequence[str | None]], gold: Sequence[Sequence
     )
     both = len(found) + len(true)
     return 2 * len(set(found) & set(true)) / both if both else 0.0
-
-
-# Texts
-
-
-def corpus_bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """sacrebleu's corpus BLEU (0 to 100); Chinese is cut into characters, other scripts as is its default."""
-    import sacrebleu
-
-    most = max(len(refs) for refs in references)
-    streams: list[Any] = [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
-    text = "".join(ref for refs in references for ref in refs)
-    han = sum("\u4e00" <= character <= "\u9fff" for character in text)
-    tokenize = "zh" if han * 3 > len(text) else "13a"
-    return float(sacrebleu.corpus_bleu(list(texts), streams, tokenize=tokenize).score)

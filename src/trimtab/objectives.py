@@ -9,7 +9,7 @@ and transformers' classes; refuses to know tasks, methods and the training loop.
     [B] numbers          [B, 1]                 squared error
 
 Each is the mean over the labels, or their sum over the number of labels that the whole optimizer step has, so batches
-of any sizes weigh what their labels weigh.
+of any sizes weigh what their labels weigh. Per sentence it is their sum over the step's rows with a label.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, labe
 class Objective(Protocol):
     """What is learned from one kind of labels."""
 
-    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
-        """How many labels enter the loss."""
+    def labelled(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """Which labels enter the loss: bool, of the labels' shape."""
 
     def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
         """The model's outputs for inputs without their labels. `everywhere` asks for all logits in the outputs."""
@@ -68,9 +68,9 @@ class Classes:
     loss = staticmethod(label_loss)
     divergence = staticmethod(consistency_loss)
 
-    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+    def labelled(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
         """The rows with a label."""
-        return (labels != IGNORED).sum()
+        return labels != IGNORED
 
     def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
         """Logits [B, classes], targets [B]."""
@@ -84,9 +84,9 @@ class Tags:
     loss = staticmethod(label_loss)
     divergence = staticmethod(consistency_loss)
 
-    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+    def labelled(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
         """The labelled tokens."""
-        return (labels != IGNORED).sum()
+        return labels != IGNORED
 
     def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
         """Logits [N, tags], targets [N]."""
@@ -101,9 +101,9 @@ class Tokens:
     loss = staticmethod(label_loss)
     divergence = staticmethod(consistency_loss)
 
-    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+    def labelled(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
         """The labelled positions."""
-        return (align_labels(base, labels) != IGNORED).sum()
+        return align_labels(base, labels) != IGNORED
 
     def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
         """Logits [1, N, V], targets [N]; `everywhere` logits [B, n, V], targets [B, n]."""
@@ -123,9 +123,9 @@ class Numbers:
 
     divergence = staticmethod(squared_difference)
 
-    def count(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
-        """The rows."""
-        return torch.tensor(labels.numel())
+    def labelled(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """All rows."""
+        return torch.ones_like(labels, dtype=torch.bool)
 
     def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
         """Logits [B], targets [B]."""
@@ -137,6 +137,18 @@ class Numbers:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = F.mse_loss(wide, targets.to(wide), reduction="sum")
         return total / (max(1, targets.numel()) if num_items is None else num_items)
+
+
+PER = ("token", "sentence")
+"""What a step's loss is the mean over: its labels, or its rows with a label (of classes and numbers the same)."""
+
+
+def count(objective: Objective, base: PreTrainedModel, labels: Tensor, per: str) -> Tensor:
+    """How many labels, or rows with a label, a batch's loss is the mean over."""
+    found = objective.labelled(base, labels)
+    if per == "sentence":
+        found = found.flatten(1).any(1) if found.dim() > 1 else found
+    return found.sum()
 
 
 def chooses(inputs: dict[str, Any]) -> bool:

@@ -49,6 +49,9 @@ _TITLES = {
     "loss": "loss",
     "perplexity": "perplexity",
     "bleu": "BLEU",
+    "nist": "NIST",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
     "examples": "examples",
 }
 

@@ -12,6 +12,7 @@ from trimtab.bars import progress
 from trimtab.data import hold_out, limit, load_rows
 from trimtab.evaluate import evaluate
 from trimtab.models import Kind, kind_of, load_tokenizer
+from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, all_inputs, encode_all, prepare
 
@@ -25,10 +26,13 @@ class Data:
     task: Task
     train: list[Any]
     held_out: list[Any]
+    search: Search = GREEDY
+    max_new_tokens: int | None = None
 
     def evaluate(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
         """The task's metrics on the held-out examples."""
-        return evaluate(model, self.tokenizer, self.task, self.held_out, self.kind, show=show)
+        how: Any = {"max_new_tokens": self.max_new_tokens, "search": self.search, "show": show}
+        return evaluate(model, self.tokenizer, self.task, self.held_out, self.kind, **how)
 
 
 def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
@@ -51,9 +55,12 @@ def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
         chat=settings.chat,
         label_words=settings.label_words,
     )
+    search = Search.of(settings)
+    check_search(task, search, settings.max_new_tokens)
     train, held_out = split_rows(settings, task, rows)
     learned = encode(task, train, tokenizer, settings.max_length, kind, show, learn=True)
-    return Data(kind, tokenizer, task, learned, encode(task, held_out, tokenizer, settings.max_length, kind, show))
+    asked = encode(task, held_out, tokenizer, settings.max_length, kind, show)
+    return Data(kind, tokenizer, task, learned, asked, search, settings.max_new_tokens)
 
 
 def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:

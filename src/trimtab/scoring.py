@@ -8,6 +8,7 @@ projection at the answers' positions only. Results come in the order of the exam
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, sele
 from trimtab.lengths import new_tokens
 from trimtab.objectives import whole_inputs
 from trimtab.prefix_share import shared_prefix
+from trimtab.search import GREEDY, Search
 
 Ids = Sequence[int]
 LONGEST_ANSWER = 256
@@ -41,9 +43,10 @@ class Run:
         kind: str,
         batch_tokens: int,
         show: bool | None,
+        search: Search = GREEDY,
     ) -> None:
         self.model, self.tokenizer, self.kind = model, tokenizer, kind
-        self.batch_tokens, self.show = batch_tokens, show
+        self.batch_tokens, self.show, self.search = batch_tokens, show, search
         self.pad_id: int = tokenizer.pad_token_id or 0
 
     def over(self, title: str, lengths: Sequence[int], step: Callable[[list[int]], Iterable[Any]]) -> list[Any]:
@@ -212,19 +215,20 @@ def answer_loss(run: Run, examples: Sequence[Any]) -> float:
 
 
 def generated(run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """Greedy continuations, without special tokens and outer white space."""
+    """The continuations that the run's search finds, without special tokens and outer white space."""
     prompts = [prompt_of(example) for example in examples]
     model: Any = run.model
     ends = _end_tokens(model, run.tokenizer)
     method = next((adapter.method for adapter in adapters(model).values()), None)
+    side = "left" if run.kind == "causal" else "right"  # an encoder's padding must not part virtual tokens from a text
 
     def step(batch: list[int]) -> list[str]:
-        inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side="left")
+        inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side)
         found = model.generate(
             **inputs,
             max_new_tokens=new_tokens(method, model.config, inputs["input_ids"].shape[1], max_new_tokens),
             do_sample=False,
-            num_beams=1,
+            **dataclasses.asdict(run.search),
             pad_token_id=run.pad_id,
             eos_token_id=ends or None,
         )
@@ -232,7 +236,8 @@ def generated(run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[st
         texts = run.tokenizer.batch_decode(found[:, start:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    return run.over("generating", [len(prompt) + max_new_tokens for prompt in prompts], step)
+    beams = run.search.num_beams  # each is a row of its own
+    return run.over("generating", [beams * (len(prompt) + max_new_tokens) for prompt in prompts], step)
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -55,6 +55,14 @@ class TrainSettings:
     """Share of the data held out for evaluation."""
     eval_limit: int | None = 1000
     """Evaluate on a random sample of at most this many of the held-out rows."""
+    max_new_tokens: int | None = None
+    """Tokens that are generated at most; by default, in evaluation, as many as the longest answer has."""
+    num_beams: int = 1
+    """Beams of the search for a text; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Beams are ranked by log p / length^this; more than 0 favours long texts."""
+    no_repeat_ngram_size: int = 0
+    """Length of the n-grams that no generated text may repeat; 0 allows all."""
     seed: int = 0
     """Seed of everything random."""
     name: str = "default"
@@ -67,6 +75,8 @@ class TrainSettings:
     """Batches whose gradients make one optimizer step."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
+    loss_per: str = "token"
+    """What a step's loss is the mean over: token, or sentence (the sum over a row's target tokens)."""
     warmup: float = 0.06
     """Share of the steps over which the learning rate rises before it falls linearly."""
     weight_decay: float = 0.0

@@ -133,6 +133,7 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
         pad_id=data.tokenizer.pad_token_id,
         log_file=folder / LOG,
         store=make_store(settings, adapter, args.process_index),
+        loss_per=settings.loss_per,
         show=show,
     )
 

@@ -28,11 +28,11 @@ from transformers.trainer_callback import ExportableState
 from trimtab.adapter import Adapter, adapters
 from trimtab.batches import Collator, TokenBatches, length
 from trimtab.cache import cached_trunk
-from trimtab.errors import UserError
+from trimtab.errors import UserError, unknown
 from trimtab.examples import IGNORED
 from trimtab.head import align_labels
 from trimtab.methods.spec import format_method
-from trimtab.objectives import Objective, objective_of
+from trimtab.objectives import PER, Objective, count, objective_of
 from trimtab.prefix_share import shared_prefix
 from trimtab.snapshots import ABOUT, WEIGHTS, building, checkpoint_path, last_checkpoint, read_about, rotate, sweep
 from trimtab.store import Store
@@ -44,7 +44,8 @@ class Trainer(transformers.Trainer):
 
     `adapter` may be left out where exactly one is attached. Datasets are sequences of examples with `input_ids` and
     `labels` (attributes or keys); the collator pads them. With `batch_tokens` batches hold at most that many tokens,
-    padding included; without it `args.per_device_train_batch_size` rows. `log_file` gets one JSON object a step.
+    padding included; without it `args.per_device_train_batch_size` rows. `log_file` gets one JSON object a step. A
+    step's loss is the mean over its target tokens, with `loss_per="sentence"` their sum over the rows that have any.
     `scorer`, called without arguments, gives the metrics of an evaluation during training. `show` turns the progress
     bar on or off (default: only on a terminal). Tokens that all rows of a batch begin with are run once unless `share`
     is off; with a `store` the layers below the lowest trained one are run once a row (cache.py). Ctrl-C stops after the
@@ -63,6 +64,7 @@ class Trainer(transformers.Trainer):
         pad_id: int | None = None,
         log_file: str | Path | None = None,
         scorer: Callable[[], dict[str, float]] | None = None,
+        loss_per: str = "token",
         show: bool | None = None,
         share: bool = True,
         store: Store | None = None,
@@ -70,7 +72,9 @@ class Trainer(transformers.Trainer):
         **options: Any,
     ) -> None:
         self.adapter = adapter or _only_adapter(model)
-        self.batch_tokens, self.scorer = batch_tokens, scorer
+        if loss_per not in PER:
+            raise unknown("loss_per", loss_per, PER)
+        self.batch_tokens, self.scorer, self.loss_per = batch_tokens, scorer, loss_per
         self.share, self.store = share, store
         self.meter, self.pieces = Meter(), list[tuple[dict[str, Any], Any]]()
         self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
@@ -193,13 +197,20 @@ class Trainer(transformers.Trainer):
                     f"{self.adapter.method.name} compares two forwards, which this loss has no measure for; "
                     "set consistency=0"
                 )
+            if self.loss_per != "token":
+                raise UserError(
+                    f"this loss is transformers' own, which has no mean per {self.loss_per}; use loss_per=token"
+                )
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return found if return_outputs or not model.training else found / self.current_gradient_accumulation_steps
+        over = num_items_in_batch
+        if over is None and self.loss_per != "token":
+            over = count(objective, base, inputs["labels"], self.loss_per).clamp(min=1)
         outputs, logits, targets = objective.forward(model, base, inputs, everywhere=return_outputs)
-        loss = objective.loss(logits, targets, num_items_in_batch)
+        loss = objective.loss(logits, targets, over)
         if weight > 0:
             _, again, _ = objective.forward(model, base, inputs, everywhere=return_outputs)
-            loss = loss + weight * objective.divergence(logits, again, num_items_in_batch)
+            loss = loss + weight * objective.divergence(logits, again, over)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which then average their gradients
         return (loss, outputs) if return_outputs else loss
@@ -211,7 +222,7 @@ class Trainer(transformers.Trainer):
         return objective_of(base, inputs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The next batches of an optimizer step and how many labels they have together, over all processes."""
+        """The next batches of an optimizer step and what their loss is the mean over, counted over all processes."""
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -221,11 +232,11 @@ class Trainer(transformers.Trainer):
             objective = self._objective(base, batch)
             if objective is None:
                 return batches, None
-            counts.append(objective.count(base, batch["labels"]))
-        count = torch.stack(counts).sum().to(device)
+            counts.append(count(objective, base, batch["labels"], self.loss_per))
+        total = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return batches, count
+            total = self.accelerator.gather(total).sum()
+        return batches, total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As transformers makes it (no weight decay on biases and norms), over the adapter's tensors."""

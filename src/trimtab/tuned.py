@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from trimtab.methods.spec import method_from_dict
 from trimtab.models import Kind, kind_of, load_config, load_for, load_tokenizer, same_source
 from trimtab.run_data import encode, split_rows
 from trimtab.run_folder import RUN, begun
+from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, encode_all, task_from_config
 
@@ -33,6 +35,27 @@ class Tuned:
     task: Task
     kind: Kind
     max_length: int
+    search: Search = GREEDY
+    """How texts are looked for, as the run evaluated itself."""
+    max_new_tokens: int | None = None
+    """Tokens that are generated at most, where the run says so."""
+
+    def searching(
+        self,
+        *,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Tuned:
+        """The same with another search; None keeps what the run has.
+
+        Raises UserError for numbers that mean nothing, and for a task that writes no text.
+        """
+        search = self.search.changed(num_beams, length_penalty, no_repeat_ngram_size)
+        check_search(self.task, search, max_new_tokens)
+        longest = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return dataclasses.replace(self, search=search, max_new_tokens=longest)
 
 
 def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
@@ -54,7 +77,9 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
     if not whole:
         load(model, folder)
     longest = fitting_length(method, load_config(source), run.max_length if run else None)
-    return Tuned(model, load_tokenizer(source), task, kind, longest)
+    said = run or TrainSettings
+    search, new = Search.of(said), said.max_new_tokens
+    return Tuned(model, load_tokenizer(source), task, kind, longest, search, new)
 
 
 def ask(run: Tuned, prompt: str, max_new_tokens: int, choices: Sequence[str] = ()) -> str:
@@ -69,7 +94,8 @@ def ask(run: Tuned, prompt: str, max_new_tokens: int, choices: Sequence[str] = (
         longest = prompt_length(method, run.model.config, longest, max_new_tokens)
     row = {**run.task.question(prompt), **_offered(run.task, choices)}
     examples = encode_all(run.task, [row], run.tokenizer, longest, run.kind, asking=True)
-    return predict(run.model, run.tokenizer, run.task, examples, run.kind, max_new_tokens=max_new_tokens, show=False)[0]
+    how: Any = {"max_new_tokens": max_new_tokens, "search": run.search, "show": False}
+    return predict(run.model, run.tokenizer, run.task, examples, run.kind, **how)[0]
 
 
 def _offered(task: Task, choices: Sequence[str]) -> Row:
@@ -102,18 +128,24 @@ def is_own_data(folder: str | Path, data: str) -> bool:
 
 
 def evaluate_run(
-    folder: str | Path, data: str | None = None, *, limit_rows: int | None = None, show: bool | None = None
+    folder: str | Path,
+    data: str | None = None,
+    *,
+    limit_rows: int | None = None,
+    show: bool | None = None,
+    **search: Any,
 ) -> dict[str, float]:
     """The metrics of a run's adapter on a fresh base: on all rows of `data`, or on the rows the run held out.
 
-    Without `data` the numbers are those in the run's metrics.json. Raises UserError as `load_run`, and for data that
-    does not fit the task.
+    Without `data` the numbers are those in the run's metrics.json. `search` are the arguments of `Tuned.searching`, for
+    another search than the run's. Raises UserError as `load_run`, and for data that does not fit the task.
     """
-    tuned = load_run(folder)
+    tuned = load_run(folder).searching(**search)
     rows = _held_out_rows(Path(folder).expanduser(), tuned.task) if data is None else load_rows(data)
     rows = limit(rows, limit_rows, 0)
     examples = encode(tuned.task, rows, tuned.tokenizer, tuned.max_length, tuned.kind, show)
-    return evaluate(tuned.model, tuned.tokenizer, tuned.task, examples, tuned.kind, show=show)
+    how: Any = {"max_new_tokens": tuned.max_new_tokens, "search": tuned.search, "show": show}
+    return evaluate(tuned.model, tuned.tokenizer, tuned.task, examples, tuned.kind, **how)
 
 
 def _held_out_rows(folder: Path, task: Task) -> Any:

@@ -13,10 +13,10 @@ from trimtab.drafts import drafted
 from trimtab.errors import UserError, unknown
 from trimtab.examples import IGNORED, Asked, Example, Reading, encode_one
 from trimtab.forms import FORMS, Draft, Form, Row
-from trimtab.metrics import corpus_bleu
-from trimtab.scoring import LONGEST_ANSWER, Run, answer_loss, generated
+from trimtab.scoring import LONGEST_ANSWER, Run, answer_loss, generated, prompt_of
 from trimtab.tasks.task import Wishes, config_of
 from trimtab.templates import check_template, placeholders
+from trimtab.text_metrics import text_metrics
 from trimtab.tokens import Codec
 
 if TYPE_CHECKING:
@@ -107,11 +107,12 @@ class Generate:
         return drafted(self, rows, reading)
 
     def score(self, run: Run, examples: Sequence[Example], max_new_tokens: int | None) -> dict[str, float]:
-        """loss, perplexity and the bleu of greedy generation."""
-        loss = answer_loss(run, examples)
-        texts = generated(run, examples, max_new_tokens or _longest_answer(examples))
-        bleu = corpus_bleu(texts, [list(example.target) for example in examples])  # type: ignore[arg-type]
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bleu": bleu}
+        """loss and perplexity over all references; the metrics of one text for each different prompt."""
+        pairs = [pair for example in examples for pair in with_each_answer(example, run.kind)]
+        loss = answer_loss(run, pairs)
+        asked, references = _prompts(examples)
+        texts = generated(run, asked, max_new_tokens or _longest_answer(pairs))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **text_metrics(texts, references)}
 
     def answers(self, run: Run, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
         """The text that follows each."""
@@ -124,6 +125,30 @@ class Generate:
     @property
     def _form(self) -> Form:
         return FORMS[self.form](self.template, self.text_column, self.label_column)
+
+
+def with_each_answer(example: Example, kind: str) -> list[Example]:
+    """An example for each of its reference texts."""
+    prompt = prompt_of(example)
+    shifted = [IGNORED] * len(prompt) if kind == "causal" else []
+    return [
+        example,
+        *(
+            Example(prompt + answer if kind == "causal" else prompt, shifted + answer, len(prompt), example.target)
+            for answer in getattr(example, "others", ())
+        ),
+    ]
+
+
+def _prompts(examples: Sequence[Example]) -> tuple[list[Example], list[list[str]]]:
+    """One example for each different prompt, and its references: those of all rows that have it."""
+    asked: dict[tuple[int, ...], Example] = {}
+    references: dict[tuple[int, ...], dict[str, None]] = {}
+    for example in examples:
+        prompt = tuple(prompt_of(example))
+        asked.setdefault(prompt, example)
+        references.setdefault(prompt, {}).update(dict.fromkeys(example.target))  # type: ignore[arg-type]
+    return list(asked.values()), [list(own) for own in references.values()]
 
 
 def _longest_answer(examples: Sequence[Example]) -> int:
