@@ -31,7 +31,7 @@ LEAST = 32
 def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor | None) -> Iterator[dict[str, Any]]:
     """Inside, the model takes the inputs that are given and answers for them as for the whole ones.
 
-    `inputs` has input_ids and attention_mask [B, n], padded on the right; `needed` is bool [B, n], true where the
+    `inputs` has input_ids and maybe attention_mask [B, n], padded on the right; `needed` is bool [B, n], true where the
     model's output is wanted (None: at each row's last token alone). What is given lacks the first s tokens of every
     row, of labels as well, so the outputs lack them too. Where nothing can be shared, `inputs` itself is given. The
     block has to last until after the backward pass if layers are checkpointed.
@@ -59,9 +59,10 @@ def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
 
 def common_length(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor | None) -> int:
     """How many tokens all rows begin with, as far as it is worth it and every row keeps what is needed of it."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-    if draws(model):
+    ids, given = inputs["input_ids"], inputs.get("attention_mask")
+    if draws(model) or (given is not None and given.dim() != 2):
         return 0
+    mask = torch.ones_like(ids).bool() if given is None else given.bool()
     keep = (
         mask.sum(1).min() - 1 if needed is None else needed.any(0).int().argmax()
     )  # an output before it is not needed
