@@ -3,6 +3,7 @@ and training."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from trimtab.evaluate import evaluate
 from trimtab.models import Kind, kind_of, load_tokenizer
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, all_inputs, encode_all, prepare
+from trimtab.templates import pseudo_tokens, without_pseudo
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,36 @@ class Data:
     task: Task
     train: list[Any]
     held_out: list[Any]
+    plain: list[Any]
+    """The held-out examples as the frozen base can read them: without the template's pseudo tokens."""
 
     def evaluate(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
         """The task's metrics on the held-out examples."""
         return evaluate(model, self.tokenizer, self.task, self.held_out, self.kind, show=show)
 
+    def evaluate_base(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
+        """The same of the frozen base."""
+        return evaluate(model, self.tokenizer, self.task, self.plain, self.kind, show=show)
 
-def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
-    """Rows, task and examples of both sides, of settings that say how long a row may be.
 
-    Raises UserError for everything that is wrong with them.
-    """
-    assert settings.max_length is not None
+@dataclass(frozen=True)
+class Source:
+    """A run's rows and what they are for."""
+
+    rows: Any
+    kind: Kind
+    task: Task
+
+    @property
+    def pseudo_tokens(self) -> int:
+        """How many the task's template has."""
+        return pseudo_tokens(getattr(self.task, "template", ""))
+
+
+def find_task(settings: TrainSettings) -> Source:
+    """The rows and the task of settings. Raises UserError for everything that is wrong with them."""
     rows = load_rows(settings.data)
-    kind = kind_of(settings.model, settings.task)
-    tokenizer = load_tokenizer(settings.model)
+    kind = kind_of(settings.model, settings.task, settings.template)
     task = prepare(
         settings.task,
         rows,
@@ -51,9 +68,23 @@ def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
         chat=settings.chat,
         label_words=settings.label_words,
     )
-    train, held_out = split_rows(settings, task, rows)
-    learned = encode(task, train, tokenizer, settings.max_length, kind, show, learn=True)
-    return Data(kind, tokenizer, task, learned, encode(task, held_out, tokenizer, settings.max_length, kind, show))
+    return Source(rows, kind, task)
+
+
+def load_data(settings: TrainSettings, source: Source, show: bool | None = None) -> Data:
+    """The examples of both sides, of settings that say how long a row may be. Raises UserError naming a row."""
+    assert settings.max_length is not None
+    kind, task, longest = source.kind, source.task, settings.max_length
+    tokenizer = load_tokenizer(settings.model)
+    train, held_out = split_rows(settings, task, source.rows)
+    learned = encode(task, train, tokenizer, longest, kind, show, learn=True)
+    asked = encode(task, held_out, tokenizer, longest, kind, show)
+    plain = asked
+    if source.pseudo_tokens:
+        bare: Any = task
+        bare = dataclasses.replace(bare, template=without_pseudo(bare.template))
+        plain = encode(bare, held_out, tokenizer, longest, kind, show)
+    return Data(kind, tokenizer, task, learned, asked, plain)
 
 
 def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:

@@ -37,7 +37,8 @@ class Trainer(transformers.Trainer):
     """Trains one adapter of an attached model; takes what transformers.Trainer takes, and the arguments below.
 
     `adapter` may be left out where exactly one is attached. Datasets are sequences of examples with `input_ids` and
-    `labels` (attributes or keys); the collator pads them. With `batch_tokens` batches hold at most that many tokens,
+    `labels` (attributes or keys); the collator pads them. `objective` says what is learned where the labels alone do
+    not (objectives.py: label words at a mask). With `batch_tokens` batches hold at most that many tokens,
     padding included; without it `args.per_device_train_batch_size` rows. `log_file` gets one JSON object a step.
     `scorer`, called without arguments, gives the metrics of an evaluation during training. `show` turns the progress
     bar on or off (default: only on a terminal). Ctrl-C stops after the step with a checkpoint, then raises.
@@ -51,6 +52,7 @@ class Trainer(transformers.Trainer):
         args: TrainingArguments | None = None,
         *,
         adapter: Adapter | None = None,
+        objective: Objective | None = None,
         batch_tokens: int | None = None,
         pad_id: int | None = None,
         log_file: str | Path | None = None,
@@ -61,6 +63,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         self.adapter = adapter or _only_adapter(model)
         self.batch_tokens, self.scorer = batch_tokens, scorer
+        self.objective: Objective | None = objective
         self.meter = Meter()
         self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
         self.bar = StepBar(self.step_log, show)
@@ -146,7 +149,7 @@ class Trainer(transformers.Trainer):
         """What is learned, unless the user asked for another loss."""
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return None
-        return objective_of(base, inputs)
+        return self.objective or objective_of(base, inputs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The next batches of an optimizer step and how many labels they have together, over all processes."""

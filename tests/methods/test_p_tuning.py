@@ -11,7 +11,7 @@ from torch import nn
 
 import trimtab as tt
 from tiny import VOCABULARY, inputs, output, tiny
-from trimtab.tokens import PSEUDO
+from trimtab.templates import PSEUDO
 
 FIRST = VOCABULARY
 """The id of the first pseudo token: ids of the vocabulary end before it."""
@@ -20,9 +20,8 @@ FIRST = VOCABULARY
 class Words:
     """A tokenizer that knows pseudo tokens and nothing else."""
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        known = {PSEUDO.format(at): FIRST + at for at in range(9)}
-        return {"input_ids": [known[text]] if text in known else [3, 4]}
+    def get_added_vocab(self) -> dict[str, int]:
+        return {PSEUDO.format(at): FIRST + at for at in range(9)}
 
 
 def _lstm(layer: nn.LSTM, states: torch.Tensor) -> torch.Tensor:
@@ -136,5 +135,4 @@ def test_mistakes() -> None:
         with pytest.raises(tt.UserError, match=sentence):
             tt.attach(tiny("vit"), method)
     with pytest.raises(tt.UserError, match="template with pseudo tokens"):
-        tokenizer = lambda text, add_special_tokens: {"input_ids": [5, 6]}  # noqa: E731
-        tt.attach(tiny("llama"), "p-tuning[place=template]", tokenizer=tokenizer)
+        tt.attach(tiny("llama"), "p-tuning[place=template,length=10]", tokenizer=Words())
