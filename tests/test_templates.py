@@ -16,7 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import trimtab as tt
 from encoders import CONFIGS, LETTERS, SPECIAL
 from test_cli import refused, run, save_model, write_rows
+from test_contract import METHODS as SMALL
 from trimtab.errors import UserError
+from trimtab.methods import METHODS
 from trimtab.models import load_model
 from trimtab.pseudo import add_pseudo_tokens, for_template
 from trimtab.tasks import Classify, encode_all, prepare
@@ -374,6 +376,38 @@ def test_p_tuning_in_a_template_equals_embeddings_spliced_by_hand(
         assert torch.allclose(model(**batch).logits, found, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"full", "head"}))
+def test_every_method_at_the_mask(name: str, family: str, bases: dict[str, str], tmp_path: Path) -> None:
+    """Its count, its gradients alone, save and load, fold, detach: what the contract asks, of label words' scores."""
+    model = load_model(bases[family], "masked")
+    tokenizer, task, _, batch = _batch(family, "{text} it was {mask}")
+    objective: Any = task.objective(tokenizer, "masked")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    adapter = tt.attach(model, SMALL.get(name, name))
+    base = [weight for key, weight in model.named_parameters() if not key.startswith("trimtab.")]
+    own = list(adapter.parameters())
+    assert sum(map(torch.numel, own)) == adapter.method.parameter_count(model.trimtab.sites)  # type: ignore[arg-type]
+    for weight in own:
+        weight.data += 0.05 * torch.randn_like(weight)
+    _, scores, targets = objective.forward(model, model, batch, False)
+    objective.loss(scores, targets, None).backward()
+    assert all(weight.grad is None for weight in base)
+    assert sum(weight.grad is not None and bool(weight.grad.abs().max() > 0) for weight in own) > len(own) // 2
+    with torch.no_grad():
+        adapter.fold()
+        _, found, _ = objective.forward(model, model, batch, False)
+        if name != "adamix":  # whose folded form is the mean of its experts
+            assert torch.allclose(found, scores, atol=1e-5)
+        adapter.save(tmp_path)
+        fresh = load_model(bases[family], "masked")
+        tt.load(fresh, tmp_path)
+        assert torch.allclose(objective.forward(fresh, fresh, batch, False)[1], found, atol=1e-5)
+        adapter.detach()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_generation_with_pseudo_tokens_and_a_penalty(penalty: float, bases: dict[str, str]) -> None:
     """A penalty looks the prompt's ids up in the logits, where a pseudo token has none."""
@@ -493,6 +527,18 @@ def test_pseudo_tokens_before_a_task_head(family: str, bases: dict[str, str], da
     assert json.loads(run("eval", tmp_path / "out", "--json").stdout) == pytest.approx(after, abs=1e-5)
 
 
+@pytest.mark.parametrize("base", ["bert", "llama", "t5"])
+def test_pseudo_tokens_before_choices(base: str, bases: dict[str, str], llama: str, tmp_path: Path) -> None:
+    rows = [{"question": f"film {i}", "choices": ["a", "b", "it"], "label": i % 3} for i in range(24)]
+    source = {"bert": bases["bert"], "llama": llama}.get(base) or _other(base, tmp_path / base)
+    what = ["--model", source, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--task", "choose"]
+    what += ["--method", "p-tuning", "--template", "{p*2} {text} {p}:"]
+    result = run("train", *what, "--output", tmp_path / "out", *SHORT)
+    assert result.exit_code == 0, (result.output, result.exception)
+    after = json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]
+    assert json.loads(run("eval", tmp_path / "out", "--json").stdout) == pytest.approx(after, abs=1e-5)
+
+
 @pytest.mark.parametrize("method", ["p-tuning", "p-tuning|lora[r=2]"])
 def test_pseudo_tokens_of_a_causal_model(method: str, llama: str, data: str, tmp_path: Path) -> None:
     what = ["--model", llama, "--data", data, "--method", method, "--template", "{p*2} {text} {p*3} Label:"]
@@ -503,24 +549,28 @@ def test_pseudo_tokens_of_a_causal_model(method: str, llama: str, data: str, tmp
     assert run("generate", tmp_path / "out", "--prompt", "the film").stdout.strip() in ("good", "bad")
 
 
-def test_a_generation_of_a_run_with_pseudo_tokens(llama: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["llama", "t5"])
+def test_a_generation_of_a_run_with_pseudo_tokens(base: str, llama: str, tmp_path: Path) -> None:
+    source = llama if base == "llama" else _other(base, tmp_path / base)
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"count {i}", "label": f"{i}"} for i in range(20)])
-    what = ["--model", llama, "--data", rows, "--task", "generate", "--template", "{p*2} {text} {p}"]
+    what = ["--model", source, "--data", rows, "--task", "generate", "--template", "{p*2} {text} {p}"]
     result = run("train", *what, "--method", "p-tuning", "--output", tmp_path / "out", *SHORT)
     assert result.exit_code == 0, (result.output, result.exception)
     assert run("generate", tmp_path / "out", "--prompt", "count 3", "--max-new-tokens", "4").exit_code == 0
 
 
-def test_a_masked_model_learns_what_its_label_words_say(bases: dict[str, str], data: str, tmp_path: Path) -> None:
-    what = ["--model", bases["bert"], "--data", data, "--method", "lora[r=8,targets=q,v,up,down]", "--lr", "2e-2"]
+def test_a_masked_model_learns_what_its_label_words_say(bases: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"text": f"{'gh'[at % 2]} {'abc'[at % 3]} {at:03}", "label": ("good", "bad")[at % 2]} for at in range(160)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    what = ["--model", bases["bert"], "--data", data, "--method", "lora[r=8,targets=q,v,up,down]", "--lr", "5e-3"]
     result = run(
         "train",
-        *[*what, "--template", "{text} it was {mask}", "--epochs", "10", "--eval-share", "0.25"],
+        *[*what, "--template", "{text} it was {mask}", "--epochs", "8", "--eval-share", "0.25"],
         *["--output", tmp_path / "out"],
     )
     assert result.exit_code == 0, result.output
     after = json.loads((tmp_path / "out" / "metrics.json").read_text())["after"]
-    assert after["accuracy"] == 1.0 and after["loss"] < 0.2
+    assert after["accuracy"] > 0.9 and after["loss"] < 0.4
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------
@@ -583,11 +633,13 @@ def _other(name: str, folder: Path) -> str:
     vocabulary = len(byte_level())
     if name == "t5":
         config: Any = tf.T5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        config.decoder_start_token_id = config.pad_token_id
         tf.T5ForConditionalGeneration(config).save_pretrained(folder)
+        byte_level(mask=True).save_pretrained(folder)  # with an end
     else:
         config = tf.BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=1, n_head=4)
         tf.BloomForCausalLM(config).save_pretrained(folder)
-    byte_level().save_pretrained(folder)
+        byte_level().save_pretrained(folder)
     return str(folder)
 
 

@@ -20,6 +20,7 @@ describes it; a part with `lr_scales() -> {name: factor}` trains those tensors a
 method whose start needs text has `for_loading() -> method` with the same shapes and without that need; one with
 `consistency` > 0 is trained on two forwards a batch (consistency.py); `whole_model = True` marks full fine-tuning;
 `moves_text = True` one whose prefix takes positions of the text where the family counts learned ones;
+one that trains a template's pseudo tokens has `for_template(count) -> method` (pseudo.py) and `inside`, their number;
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
 the place of what the base has there, so that no other part may act at its site.
 """
