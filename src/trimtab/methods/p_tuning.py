@@ -3,10 +3,10 @@
     P = MLP(BiLSTM(E)),     E [length, width] → P [length, width] → input embeddings of the pseudo tokens
 
 The pseudo tokens stand in front of the input, or where a template has them (`{p*3} {text} {p*3} It was {mask}`), at
-ordinary consecutive positions; their number and place follow the template. A
-bidirectional LSTM of two layers with width / 2 units a direction (or nothing) reads E, and an MLP of two layers (three
-without the LSTM) with ReLU makes the embeddings. The last projection is fitted so that they start at embeddings of real
-tokens. After training the network is thrown away and the embeddings are kept. Deployed parameters: length · width.
+ordinary consecutive positions. A bidirectional LSTM of two layers with width / 2 units a direction (or nothing) reads
+E, and an MLP of two layers (three without the LSTM) with ReLU makes the embeddings. The last projection is fitted so
+that they start at embeddings of real tokens. After training the network is thrown away and the embeddings are kept.
+Deployed parameters: length · width.
 """
 
 from __future__ import annotations
