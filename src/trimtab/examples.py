@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 from trimtab.errors import UserError, unknown
 from trimtab.forms import Row
+from trimtab.pseudo import add_pseudo_tokens
+from trimtab.templates import pseudo_tokens
 
-KINDS = ("causal", "seq2seq", "encoder")
+KINDS = ("causal", "seq2seq", "encoder", "masked")
 IGNORED = -100
 """A label that no loss counts; also the class of an example whose label is not known."""
 CHUNK = 1000  # rows tokenised in one call
@@ -21,9 +23,10 @@ class Example:
     """One example as a model of its kind reads it."""
 
     input_ids: list[int]
-    """causal: prompt and answer; seq2seq and encoder: the source text."""
+    """causal: prompt and answer; seq2seq, encoder and masked: the source text."""
     labels: list[int] | int | float
-    """causal: as long as `input_ids`, -100 but for the answer; seq2seq: the answer's tokens; encoder: class, number."""
+    """causal: as long as `input_ids`, -100 but for the answer; seq2seq: the answer's tokens; encoder: class, number;
+    masked: class."""
     prompt_length: int
     """causal: how many of `input_ids` come before the answer; else all of them."""
     target: int | float | list[str]
@@ -89,11 +92,12 @@ def encode_all(
     the end of the text is cut, never the template around it or the answer. With `every_reference` a row with several
     reference texts gives one example for each (for training); else the first is the answer and the example keeps the
     others beside it. With `asking` the answer is left out, for prediction. `progress` is told how many more rows are
-    done.
+    done. The tokenizer learns the template's pseudo tokens, in memory.
     Raises UserError naming the row (from 1).
     """
     if kind not in KINDS:
         raise unknown("model kind", kind, KINDS)
+    add_pseudo_tokens(tokenizer, pseudo_tokens(getattr(task, "template", "")))
     reading = Reading(tokenizer, kind, max_length, every_reference)
     examples: list[Any] = []
     done = 0

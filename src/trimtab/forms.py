@@ -8,7 +8,18 @@ from typing import Any, Protocol
 
 from trimtab.chats import as_turn, conversation, question_and_answer
 from trimtab.errors import UserError
-from trimtab.templates import Prompt, fill, instruction, lead, placeholders, text_value, value_of, values_of
+from trimtab.templates import (
+    Prompt,
+    fill,
+    instruction,
+    lead,
+    placeholders,
+    pseudo_tokens,
+    refuse_marks,
+    text_value,
+    value_of,
+    values_of,
+)
 from trimtab.tokens import Codec
 
 Row = Mapping[str, Any]
@@ -50,7 +61,9 @@ class Templated:
 
     def draft(self, row: Row, codec: Codec, asking: bool) -> Draft:
         prompt = turn(fill(self.template, row, self.text_column), codec)
-        return answered(prompt, space(codec, self.template), [] if asking else references(row, self.label_column))
+        found = [] if asking else references(row, self.label_column)
+        refuse_marks(found, pseudo_tokens(self.template))
+        return answered(prompt, space(codec, self.template), found)
 
     def question(self, text: str) -> Row:
         return text_row(text, self.template, self.text_column)

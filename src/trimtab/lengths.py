@@ -34,10 +34,14 @@ def virtual_tokens(method: Any, config: Any) -> int:
     family = FAMILIES.get(config.model_type)
     if family is None or not any(stack.insert in ("shared", "tokens") for stack in family.stacks):
         return 0
-    members = getattr(method, "methods", (method,) if method else ())
+    members = _members(method)
     shifts = any(stack.shift for stack in family.stacks)
     taking = [member for member in members if "embeds" in member.kinds or (shifts and _shifts(member))]
     return sum(getattr(member, "in_front", member.length) for member in taking)
+
+
+def _members(method: Any) -> tuple[Any, ...]:
+    return getattr(method, "methods", (method,) if method else ())
 
 
 def _shifts(method: Any) -> bool:
@@ -70,13 +74,19 @@ def fitting_length(method: Any, config: Any, wanted: int | None) -> int:
 
     Raises UserError where more is wanted than fits, and where the virtual tokens leave nothing.
     """
-    most = room(method, config)
+    most, inside = room(method, config), sum(getattr(member, "inside", 0) for member in _members(method))
     if most is None:
-        return wanted or USUAL
+        if (longest := wanted or USUAL) <= inside:
+            raise UserError(
+                f"the template's {inside} pseudo tokens leave no room for the text in max_length={longest}; "
+                "raise --max-length"
+            )
+        return longest
     taken = virtual_tokens(method, config)
     beside = f" and the method's virtual tokens take {taken}" if taken else ""
-    if not most:
-        raise UserError(f"this model has {position_limit(config)} positions{beside}, which leaves none for the text")
+    if most <= inside:
+        taking = f"{beside} and the template's pseudo tokens {inside}" if inside else beside
+        raise UserError(f"this model has {position_limit(config)} positions{taking}, which leaves none for the text")
     if wanted is not None and wanted > most:
         raise UserError(
             f"max_length={wanted} is too long: this model has {position_limit(config)} positions{beside}; "

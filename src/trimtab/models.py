@@ -1,4 +1,4 @@
-"""Where a base model comes from and which of the three kinds it is. Knows transformers' loaders and file layouts;
+"""Where a base model comes from and which of the four kinds it is. Knows transformers' loaders and file layouts;
 refuses to know methods, what tasks do and training.
 
 A source is a hub id, a local folder, `pkg:NAME/path` inside an installed package, or a GGUF file (also on the hub:
@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 from trimtab.arch import FAMILIES
 from trimtab.data import resolve
 from trimtab.errors import UserError, unknown
-from trimtab.tasks import Task, task_class
+from trimtab.tasks import TASKS, Task, task_class
+from trimtab.templates import has_mask
 
-Kind = Literal["causal", "seq2seq", "encoder"]
+Kind = Literal["causal", "seq2seq", "encoder", "masked"]
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 CONVERTED = "gguf-1"
 """The cache's sub-folder; the number grows when converted files would come out differently."""
-_CLASSES = {"causal": transformers.AutoModelForCausalLM, "seq2seq": transformers.AutoModelForSeq2SeqLM}
+_CLASSES = {
+    "causal": transformers.AutoModelForCausalLM,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "masked": transformers.AutoModelForMaskedLM,
+}
 _NAMES = {"causal": "a causal language model", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}
 
 
@@ -75,7 +80,7 @@ def load_model(
     """The base model of one kind, in eval mode; an encoder gets a head (of HEADS), with a class for each of `labels`.
 
     What the files do not have (a head that fits the labels, BERT's pooler) is made anew, the same for the same `seed`.
-    Raises UserError if there is no such model.
+    Raises UserError if there is no such model, and for a masked language model whose head the files do not have.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -88,9 +93,22 @@ def load_model(
             options |= {"label2id": {name: index for index, name in names.items()}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _load(HEADS[head].loader if kind == "encoder" else _CLASSES[kind], source, **options)
+        loader = HEADS[head].loader if kind == "encoder" else _CLASSES[kind]
+        model, found = _load(loader, source, output_loading_info=True, **options)
+    if kind == "masked":
+        _check_mask_head(source, model, found["missing_keys"])
     model.config._name_or_path = portable(source)  # adapters note where their base came from
     return model.to(device) if device else model
+
+
+def _check_mask_head(source: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raises UserError where the head was made anew: its words would be random."""
+    head = sorted(key for key in missing if not key.startswith(f"{model.base_model_prefix}."))
+    if head:
+        raise UserError(
+            f"the model {source!r} cannot say which word stands at {{mask}}: its files have no masked-language-model "
+            f"head ({head[0]} is missing); take a model that has one, or leave {{mask}} out"
+        )
 
 
 def load_for(task: Task, source: str, kind: Kind, **options: Any) -> PreTrainedModel:
@@ -114,19 +132,35 @@ def load_config(source: str) -> PreTrainedConfig:
     return _load(AutoConfig, source)
 
 
-def kind_of(source: str, task: str) -> Kind:
+def kind_of(source: str, task: str, template: str | None = None) -> Kind:
     """The kind of model that the task of this name gets from this source, by its configuration.
 
     Encoder-decoders are "seq2seq"; a model saved as a causal language model, or whose type is one and has no masked
-    language model, is "causal"; every other is "encoder". Raises UserError for a model that cannot do the task.
+    language model, is "causal"; every other is "encoder", or "masked" for a template with a mask. Raises UserError for
+    a model that cannot do the task, and for a mask that the model or the task has no use for.
     """
     config, wanted = load_config(source), task_class(task)
     kind = _kind_of_config(config)
+    if has_mask(template):
+        return _masked(source, config, kind, task)
     if kind not in wanted.kinds or (kind == "encoder" and config.model_type not in _families(wanted)):
         raise UserError(
             f"{source!r} ({config.model_type}) is {_NAMES[kind]} and cannot {task}; models that can: {_able(wanted)}"
         )
     return kind
+
+
+def _masked(source: str, config: PreTrainedConfig, kind: Kind, task: str) -> Kind:
+    if kind != "encoder" or config.model_type not in MASKED:
+        able = [name for name in FAMILIES if name in MASKED and _is_encoder(name)]
+        raise UserError(
+            f"{{mask}} needs a masked language model ({', '.join(able)}); "
+            f"{source!r} ({config.model_type}) is {_NAMES[kind]}{' without one' if kind == 'encoder' else ''}"
+        )
+    if "masked" not in task_class(task).kinds:
+        able = [name for name, other in TASKS.items() if "masked" in other.kinds]
+        raise UserError(f"{{mask}} in a template belongs to the task {', '.join(map(repr, able))}, not to {task!r}")
+    return "masked"
 
 
 def _families(task: type[Task]) -> Any:
@@ -136,7 +170,7 @@ def _families(task: type[Task]) -> Any:
 
 def _able(task: type[Task]) -> str:
     """The models that can do a task: kinds, and of encoders those that an adapter can be attached to."""
-    kinds = [f"{name} models" for name in task.kinds if name != "encoder"]
+    kinds = [f"{name} models" for name in task.kinds if name not in ("encoder", "masked")]
     encoders = [name for name in FAMILIES if name in _families(task) and _is_encoder(name)]
     return ", ".join([*kinds, *([f"encoders ({', '.join(encoders)})"] if encoders else [])])
 

@@ -3,6 +3,7 @@ and training."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from trimtab.models import Kind, kind_of, load_tokenizer
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, all_inputs, encode_all, prepare
+from trimtab.templates import pseudo_tokens, without_pseudo
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Data:
     task: Task
     train: list[Any]
     held_out: list[Any]
+    plain: list[Any]
+    """The held-out examples as the frozen base can read them: without the template's pseudo tokens."""
     search: Search = GREEDY
     max_new_tokens: int | None = None
 
@@ -34,16 +38,29 @@ class Data:
         how: Any = {"max_new_tokens": self.max_new_tokens, "search": self.search, "show": show}
         return evaluate(model, self.tokenizer, self.task, self.held_out, self.kind, **how)
 
+    def evaluate_base(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
+        """The same of the frozen base."""
+        return evaluate(model, self.tokenizer, self.task, self.plain, self.kind, show=show)
 
-def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
-    """Rows, task and examples of both sides, of settings that say how long a row may be.
 
-    Raises UserError for everything that is wrong with them.
-    """
-    assert settings.max_length is not None
+@dataclass(frozen=True)
+class Source:
+    """A run's rows and what they are for."""
+
+    rows: Any
+    kind: Kind
+    task: Task
+
+    @property
+    def pseudo_tokens(self) -> int:
+        """How many the task's template has."""
+        return pseudo_tokens(getattr(self.task, "template", ""))
+
+
+def find_task(settings: TrainSettings) -> Source:
+    """The rows and the task of settings. Raises UserError for everything that is wrong with them."""
     rows = load_rows(settings.data)
-    kind = kind_of(settings.model, settings.task)
-    tokenizer = load_tokenizer(settings.model)
+    kind = kind_of(settings.model, settings.task, settings.template)
     task = prepare(
         settings.task,
         rows,
@@ -57,10 +74,23 @@ def load_data(settings: TrainSettings, show: bool | None = None) -> Data:
     )
     search = Search.of(settings)
     check_search(task, search, settings.max_new_tokens)
-    train, held_out = split_rows(settings, task, rows)
-    learned = encode(task, train, tokenizer, settings.max_length, kind, show, learn=True)
-    asked = encode(task, held_out, tokenizer, settings.max_length, kind, show)
-    return Data(kind, tokenizer, task, learned, asked, search, settings.max_new_tokens)
+    return Source(rows, kind, task)
+
+
+def load_data(settings: TrainSettings, source: Source, show: bool | None = None) -> Data:
+    """The examples of both sides, of settings that say how long a row may be. Raises UserError naming a row."""
+    assert settings.max_length is not None
+    kind, task, longest = source.kind, source.task, settings.max_length
+    tokenizer = load_tokenizer(settings.model)
+    train, held_out = split_rows(settings, task, source.rows)
+    learned = encode(task, train, tokenizer, longest, kind, show, learn=True)
+    asked = encode(task, held_out, tokenizer, longest, kind, show)
+    plain = asked
+    if source.pseudo_tokens:
+        bare: Any = task
+        bare = dataclasses.replace(bare, template=without_pseudo(bare.template))
+        plain = encode(bare, held_out, tokenizer, longest, kind, show)
+    return Data(kind, tokenizer, task, learned, asked, plain, Search.of(settings), settings.max_new_tokens)
 
 
 def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:

@@ -24,9 +24,10 @@ from trimtab.bars import progress
 from trimtab.batches import Collator, TokenBatches, length, pad, read
 from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, select_positions
 from trimtab.lengths import new_tokens
-from trimtab.objectives import whole_inputs
+from trimtab.objectives import Objective, whole_inputs
 from trimtab.prefix_share import shared_prefix
 from trimtab.search import GREEDY, Search
+from trimtab.virtual import placed_embeddings
 
 Ids = Sequence[int]
 LONGEST_ANSWER = 256
@@ -122,6 +123,16 @@ def head_logits(run: Run, examples: Sequence[Any]) -> list[Tensor]:
         return [row[: sizes[index]] for index, row in zip(batch, logits.float().cpu(), strict=True)]
 
     return run.over("evaluating", [length(_inputs(example)) for example in examples], step)
+
+
+def objective_logits(run: Run, examples: Sequence[Any], objective: Objective) -> list[Tensor]:
+    """The logits [classes] that an objective learns of each example."""
+
+    def step(batch: list[int]) -> Iterable[Tensor]:
+        inputs = run.tensors([{"input_ids": examples[index].input_ids, "labels": IGNORED} for index in batch])
+        return objective.forward(run.model, run.model, inputs, everywhere=False)[1].float().cpu()
+
+    return run.over("evaluating", [len(example.input_ids) for example in examples], step)
 
 
 def place_logits(run: Run, examples: Sequence[Any], places: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -224,15 +235,20 @@ def generated(run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[st
 
     def step(batch: list[int]) -> list[str]:
         inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side)
+        length = inputs["input_ids"].shape[1]
+        embeds = placed_embeddings(model, inputs["input_ids"])
+        if embeds is not None:  # penalties look up the prompt's ids, and pseudo tokens have no row there
+            inputs = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
         found = model.generate(
             **inputs,
-            max_new_tokens=new_tokens(method, model.config, inputs["input_ids"].shape[1], max_new_tokens),
+            max_new_tokens=new_tokens(method, model.config, length, max_new_tokens),
             do_sample=False,
             **dataclasses.asdict(run.search),
             pad_token_id=run.pad_id,
             eos_token_id=ends or None,
         )
-        start = inputs["input_ids"].shape[1] if run.kind == "causal" else 1  # a decoder's first token starts it
+        asked = length if embeds is None else 0
+        start = asked if run.kind == "causal" else 1  # a decoder's first token starts it
         texts = run.tokenizer.batch_decode(found[:, start:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

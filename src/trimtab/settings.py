@@ -34,7 +34,7 @@ class TrainSettings:
     label_words: Mapping[str, str] | None = None
     """What a language model says for each label, e.g. 0=no,1=yes."""
     template: str | None = None
-    """Text around a row's values, with columns in braces."""
+    """Text around a row's values: columns in braces, {p*N} for pseudo tokens, {mask} for a masked model's answer."""
     chat: bool = False
     """Put the filled template into the model's chat template as the user's turn."""
     epochs: float = 3.0

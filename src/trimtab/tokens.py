@@ -6,21 +6,20 @@ the tokens of both, whatever the answer is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from trimtab.chats import ChatFrame, chat_frame
 from trimtab.errors import UserError
-from trimtab.templates import Prompt
+from trimtab.templates import PSEUDO, Prompt
 
 Ids = list[int]
 ANCHOR = "\n"
 """What an answer is tokenised after: sentencepiece marks the first piece of a string, which an answer never is."""
-
-
-PSEUDO = "<|p{}|>"
-"""How a pseudo token of a template is written; its id follows those of the vocabulary."""
+_BEHIND = re.compile(re.escape(PSEUDO).replace(re.escape("{}"), r"\d+") + " ")
+"""A pseudo token and a space."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Codec:
 
     tokenizer: Any
     kind: str
-    """One of "causal", "seq2seq" and "encoder"."""
+    """One of "causal", "seq2seq", "encoder" and "masked"."""
     frame: ChatFrame | None
     """The chat template's frame, or None."""
     ends: tuple[Ids, Ids]
@@ -51,6 +50,8 @@ class Codec:
         """Token ids of whole prompts, with the special tokens that belong to them."""
         if self.kind == "causal":
             texts = [text.rstrip(" ") for text in texts]  # the space before an answer is the answer's
+        if any(_BEHIND.search(text) for text in texts) and self._adds_spaces():
+            texts = [_BEHIND.sub(lambda found: found[0][:-1], text) for text in texts]
         front, back = self.ends
         return [ids + back if ids[: len(front)] == front else front + ids + back for ids in self.plain(texts)]
 
@@ -103,6 +104,15 @@ class Codec:
             return list(range(1, len(text) + 1))
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [end for _, end in found["offset_mapping"] if end]
+
+    def at_mask(self, texts: list[str]) -> list[Ids]:
+        """Token ids of words in the place of a mask, the space in front included where there is one."""
+        return self._continued(texts)
+
+    def _adds_spaces(self) -> bool:
+        """Whether the tokenizer puts a space in front of what follows a special token, one or not (legacy Llama)."""
+        alone, inside, before = self.plain([" a", "a a", "a"])
+        return alone != inside[len(before) :]
 
     def plain(self, texts: list[str]) -> list[Ids]:
         """Token ids of texts without any special tokens."""

@@ -27,7 +27,8 @@ from trimtab.lengths import fitting_length
 from trimtab.memory import peak_mb, reset_peak
 from trimtab.methods.spec import parse_method
 from trimtab.models import load_config, load_for
-from trimtab.run_data import Data, load_data
+from trimtab.pseudo import for_template
+from trimtab.run_data import Data, Source, find_task, load_data
 from trimtab.run_folder import LOG, begin, check_output, check_resume, finish
 from trimtab.settings import TrainSettings
 from trimtab.store import Store
@@ -47,8 +48,9 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
     folder = Path(settings.output)
     check_output(folder, settings)
     check_report_to(settings.report_to)
-    settings = with_length(settings)
-    data = load_data(settings, show)
+    source = find_task(settings)
+    settings = with_length(with_method(settings, source))
+    data = load_data(settings, source, show)
     settings = resolved(settings, data)
     check_resume(folder, settings)
     set_seed(settings.seed)
@@ -61,7 +63,7 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
         begin(folder, settings)
     with trainer.caching():
         with adapter.disabled():
-            before = data.evaluate(model, show)
+            before = data.evaluate_base(model, show)
         parameters = count_parameters(adapter)
         reset_peak()
         trainer.train(resume_from_checkpoint=settings.resume)
@@ -84,6 +86,14 @@ def check_report_to(name: str) -> None:
         raise unknown("report_to", name, ("none", "all", *INTEGRATION_TO_CALLBACK))
     if name not in get_available_reporting_integrations():
         raise UserError(f"report_to={name}: the package for {name} is not installed")
+
+
+def with_method(settings: TrainSettings, source: Source) -> TrainSettings:
+    """The settings with the method as the task's template has it trained. Raises UserError where they do not fit."""
+    method = for_template(parse_method(settings.method), source.pseudo_tokens)
+    if source.kind == "masked" and "head" in method.name.split("|"):
+        raise UserError("head trains a task head, and a template with {mask} has none; leave {mask} out")
+    return dataclasses.replace(settings, method=method)
 
 
 def with_length(settings: TrainSettings) -> TrainSettings:
@@ -128,6 +138,7 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
         adapter.model,
         args,
         adapter=adapter,
+        objective=data.task.objective(data.tokenizer, data.kind),
         train_dataset=data.train,
         batch_tokens=settings.batch_tokens,
         pad_id=data.tokenizer.pad_token_id,

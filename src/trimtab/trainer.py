@@ -43,9 +43,10 @@ class Trainer(transformers.Trainer):
     """Trains one adapter of an attached model; takes what transformers.Trainer takes, and the arguments below.
 
     `adapter` may be left out where exactly one is attached. Datasets are sequences of examples with `input_ids` and
-    `labels` (attributes or keys); the collator pads them. With `batch_tokens` batches hold at most that many tokens,
-    padding included; without it `args.per_device_train_batch_size` rows. `log_file` gets one JSON object a step. A
-    step's loss is the mean over its target tokens, with `loss_per="sentence"` their sum over the rows that have any.
+    `labels` (attributes or keys); the collator pads them. `objective` says what is learned where the labels alone do
+    not (objectives.py: label words at a mask). With `batch_tokens` batches hold at most that many tokens, padding
+    included; without it `args.per_device_train_batch_size` rows. `log_file` gets one JSON object a step. A step's loss
+    is the mean over its target tokens, with `loss_per="sentence"` their sum over the rows that have any.
     `scorer`, called without arguments, gives the metrics of an evaluation during training. `show` turns the progress
     bar on or off (default: only on a terminal). Tokens that all rows of a batch begin with are run once unless `share`
     is off; with a `store` the layers below the lowest trained one are run once a row (cache.py). Ctrl-C stops after the
@@ -60,6 +61,7 @@ class Trainer(transformers.Trainer):
         args: TrainingArguments | None = None,
         *,
         adapter: Adapter | None = None,
+        objective: Objective | None = None,
         batch_tokens: int | None = None,
         pad_id: int | None = None,
         log_file: str | Path | None = None,
@@ -76,6 +78,7 @@ class Trainer(transformers.Trainer):
             raise unknown("loss_per", loss_per, PER)
         self.batch_tokens, self.scorer, self.loss_per = batch_tokens, scorer, loss_per
         self.share, self.store = share, store
+        self.objective: Objective | None = objective
         self.meter, self.pieces = Meter(), list[tuple[dict[str, Any], Any]]()
         self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
         self.bar = StepBar(self.step_log, show)
@@ -219,7 +222,7 @@ class Trainer(transformers.Trainer):
         """What is learned, unless the user asked for another loss."""
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return None
-        return objective_of(base, inputs)
+        return self.objective or objective_of(base, inputs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The next batches of an optimizer step and what their loss is the mean over, counted over all processes."""

@@ -71,7 +71,7 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
     method, run = method_from_dict(config["method"]), begun(folder)
     whole = bool(getattr(method, "whole_model", False))
     source = str(folder) if whole else _base(folder, config, run)
-    kind = kind_of(source, task.name)
+    kind = kind_of(source, task.name, getattr(task, "template", None))
     dtype, seed = (getattr(run or TrainSettings, key) for key in ("dtype", "seed"))
     model = load_for(task, source, kind, device=device, dtype=dtype, seed=seed)
     if not whole:

@@ -71,6 +71,33 @@ def stands_in_front(part: nn.Module) -> bool:
     return not hasattr(part, "first")
 
 
+def placed_embeddings(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """The input embeddings [B, n, width] of token ids among which the acting adapter has pseudo tokens; None without.
+
+    For what looks ids up in tables of the vocabulary's size, where a pseudo token has no row (penalties in `generate`).
+    """
+    attachments: Any = getattr(model, "trimtab", None)
+    if attachments is None or attachments.active is None:
+        return None
+    entry = attachments.entries[attachments.active]
+    own = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, EmbedsSite)]
+    placing = [(site, part) for site, part in own if not stands_in_front(part)]
+    return _placed(*placing[0], ids) if placing else None
+
+
+def _placed(site: EmbedsSite, part: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """The embeddings of ids, with the virtual tokens for the ids first, first + 1, …; None where there are none."""
+    if not bool((ids >= part.first).any()):
+        return None
+    tokens = part()
+    placed = (ids >= part.first) & (ids < part.first + tokens.shape[0])  # a vocabulary may have unused rows behind
+    if not bool(placed.any()):
+        return None
+    embeds = site.embedding(ids.masked_fill(placed, 0))
+    rows = tokens[(ids - part.first)[placed]].to(embeds.dtype)
+    return embeds.masked_scatter(placed[..., None], rows)
+
+
 class PlacedTokens:
     """Gives the token ids first, first + 1, … the virtual tokens' embeddings."""
 
@@ -82,13 +109,11 @@ class PlacedTokens:
             return None
         kwargs = named_arguments(body, args, kwargs)
         ids = kwargs.get("input_ids")
-        if ids is None or not bool((placed := ids >= self.part.first).any()):
+        embeds = None if ids is None else _placed(self.site, self.part, ids)
+        if embeds is None:
             return None
         text = dict(kwargs)
-        kwargs["input_ids"] = None
-        embeds = self.site.embedding(ids.masked_fill(placed, 0))
-        rows = self.part()[(ids - self.part.first)[placed]].to(embeds.dtype)
-        kwargs["inputs_embeds"] = embeds.masked_scatter(placed[..., None], rows)
+        kwargs |= {"input_ids": None, "inputs_embeds": embeds}
         if self.site.positions == "padded" and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = padded_positions(body, text)
         return (), kwargs

@@ -11,7 +11,7 @@ from torch import nn
 
 import trimtab as tt
 from tiny import VOCABULARY, inputs, output, tiny
-from trimtab.tokens import PSEUDO
+from trimtab.templates import PSEUDO
 
 FIRST = VOCABULARY
 """The id of the first pseudo token: ids of the vocabulary end before it."""
@@ -20,9 +20,8 @@ FIRST = VOCABULARY
 class Words:
     """A tokenizer that knows pseudo tokens and nothing else."""
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        known = {PSEUDO.format(at): FIRST + at for at in range(9)}
-        return {"input_ids": [known[text]] if text in known else [3, 4]}
+    def get_added_vocab(self) -> dict[str, int]:
+        return {PSEUDO.format(at): FIRST + at for at in range(9)}
 
 
 def _lstm(layer: nn.LSTM, states: torch.Tensor) -> torch.Tensor:
@@ -122,6 +121,27 @@ def test_in_a_template_the_pseudo_tokens_take_their_places(family: str, tmp_path
         assert [name for name, _ in _embeds(fresh)[0].named_parameters()] == ["source.tokens"]
 
 
+def test_unused_rows_behind_the_pseudo_tokens_stay_what_they_are() -> None:
+    """T5's embedding has more rows than its tokenizer has tokens: the next ids are the model's own."""
+    model, batch = tiny("llama"), inputs("llama")
+    first = VOCABULARY - 8
+    batch["input_ids"] = batch["input_ids"] % first
+    batch["input_ids"][:, 4] = first + 3  # three pseudo tokens end before it
+
+    class Fewer:
+        def get_added_vocab(self) -> dict[str, int]:
+            return {PSEUDO.format(at): first + at for at in range(3)}
+
+    adapter = tt.attach(model, "p-tuning[length=3,place=template]", tokenizer=Fewer())
+    with torch.no_grad():
+        found = output(model, batch)
+        batch["input_ids"][:, 5] = first
+        assert not torch.allclose(output(model, batch), found)
+        batch["input_ids"][:, 5] = inputs("llama")["input_ids"][:, 5] % first
+        with adapter.disabled():
+            assert torch.allclose(output(model, batch), found, atol=1e-6)
+
+
 def _embeds(model: Any) -> list[Any]:
     """The part at the embeddings; another one is the task head's."""
     return [part for key, part in model.trimtab.entries["default"].parts.items() if key.endswith("embeds")]
@@ -136,5 +156,4 @@ def test_mistakes() -> None:
         with pytest.raises(tt.UserError, match=sentence):
             tt.attach(tiny("vit"), method)
     with pytest.raises(tt.UserError, match="template with pseudo tokens"):
-        tokenizer = lambda text, add_special_tokens: {"input_ids": [5, 6]}  # noqa: E731
-        tt.attach(tiny("llama"), "p-tuning[place=template]", tokenizer=tokenizer)
+        tt.attach(tiny("llama"), "p-tuning[place=template,length=10]", tokenizer=Words())

@@ -2,10 +2,11 @@
 
     P = MLP(BiLSTM(E)),     E [length, width] → P [length, width] → input embeddings of the pseudo tokens
 
-The pseudo tokens stand in front of the input, or where a template has them (`{p*3} {text} {p*3} It was {mask}`). A
-bidirectional LSTM of two layers with width / 2 units a direction (or nothing) reads E, and an MLP of two layers (three
-without the LSTM) with ReLU makes the embeddings. The last projection is fitted so that they start at embeddings of real
-tokens. After training the network is thrown away and the embeddings are kept. Deployed parameters: length · width.
+The pseudo tokens stand in front of the input, or where a template has them (`{p*3} {text} {p*3} It was {mask}`), at
+ordinary consecutive positions. A bidirectional LSTM of two layers with width / 2 units a direction (or nothing) reads
+E, and an MLP of two layers (three without the LSTM) with ReLU makes the embeddings. The last projection is fitted so
+that they start at embeddings of real tokens. After training the network is thrown away and the embeddings are kept.
+Deployed parameters: length · width.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ from torch import nn
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError
 from trimtab.methods.starts import fit_last, sampled_embeddings
+from trimtab.pseudo import first_pseudo_token
 from trimtab.sites import EmbedsSite, Sites
-from trimtab.tokens import PSEUDO
+
+_NO_PSEUDO = "p-tuning: place=template needs a template with pseudo tokens, e.g. '{p*3} {text} {p*3}'"
 
 
 @dataclass(frozen=True)
 class PTuning:
     """Pseudo tokens whose embeddings come out of a small network, in front of the input or inside a template."""
 
-    length: int = 20
-    """Number of pseudo tokens; in a template as many as it has."""
+    length: int | None = None
+    """Number of pseudo tokens: as many as the template has, or 20 in front."""
     encoder: Literal["lstm", "mlp", "none"] = "lstm"
     """The network while training: lstm (and an MLP), mlp, or none (the embeddings themselves are trained)."""
-    place: Literal["front", "template"] = "front"
-    """front (of the input) or template (where the template has {p*N})."""
+    place: Literal["front", "template"] | None = None
+    """front (of the input) or template (where it has {p*N}); by default template if it has pseudo tokens."""
     init: Literal["vocabulary", "random"] = "vocabulary"
     """Start: embeddings of sampled tokens, or whatever the network makes of noise (the paper's)."""
 
@@ -44,7 +47,7 @@ class PTuning:
     paper: ClassVar[str] = "Liu et al. 2021, arXiv:2103.10385"
 
     def __post_init__(self) -> None:
-        if self.length < 1:
+        if self.length is not None and self.length < 1:
             raise UserError(f"p-tuning: length={self.length} must be at least 1")
 
     def build(self, sites: Sites, context: Context) -> Parts:
@@ -53,32 +56,57 @@ class PTuning:
         Raises UserError for a template's tokens where the model reads no text or the tokenizer does not have them.
         """
         first = torch.tensor(self._first(context)) if self.place == "template" else None
-        return {site: PseudoTokens(_source(site, self), first) for site in self._sites(sites)}
+        return {site: PseudoTokens(_source(site, self.count, self), first) for site in self._sites(sites)}
 
     def parameter_count(self, sites: Sites) -> int:
         """length · width, or those of the network: E, the LSTM's and the MLP's."""
-        return sum(self.length * site.width + self._network(site.width) for site in self._sites(sites))
+        return sum(self.count * site.width + self._network(site.width) for site in self._sites(sites))
 
     def folded(self) -> PTuning:
         """The embeddings themselves."""
-        return replace(self, encoder="none", init="vocabulary")
+        return replace(self, length=self.count, encoder="none", place=self.place or "front", init="vocabulary")
+
+    def for_template(self, count: int) -> PTuning:
+        """The method for a template with `count` pseudo tokens.
+
+        Raises UserError where it has none although place=template, and where length or place say otherwise.
+        """
+        if not count:
+            if self.place == "template":
+                raise UserError(_NO_PSEUDO)
+            return replace(self, length=self.count, place="front")
+        if self.place == "front":
+            raise UserError("p-tuning: the template has pseudo tokens, so place=front has none to train; leave it out")
+        if self.length not in (None, count):
+            raise UserError(f"p-tuning: length={self.length}, but the template has {count} pseudo tokens; leave it out")
+        return replace(self, length=count, place="template")
+
+    @property
+    def count(self) -> int:
+        """The number of pseudo tokens."""
+        return 20 if self.length is None else self.length
 
     @property
     def in_front(self) -> int:
         """Tokens in front of the text."""
-        return self.length if self.place == "front" else 0
+        return 0 if self.place == "template" else self.count
+
+    @property
+    def inside(self) -> int:
+        """Tokens among those of the text."""
+        return self.count - self.in_front
 
     def _first(self, context: Context) -> int:
         """The id of the first pseudo token; -1 without a tokenizer, when the file is to say it."""
         if context.tokenizer is None:
             return -1
-        ids = context.token_ids(PSEUDO.format(0), "p-tuning[place=template]")
-        if len(ids) != 1:
-            raise UserError("p-tuning: place=template needs a template with pseudo tokens, e.g. '{p*3} {text} {p*3}'")
-        return ids[0]
+        first = first_pseudo_token(context.tokenizer, self.count)
+        if first is None:
+            raise UserError(_NO_PSEUDO)
+        return first
 
     def _sites(self, sites: Sites) -> list[EmbedsSite]:
-        found = [site for site in sites.embeds if self.place == "front" or site.embedding is not None]
+        found = [site for site in sites.embeds if self.place != "template" or site.embedding is not None]
         if not found:
             raise UserError("p-tuning: this model reads no text, so no template can place the pseudo tokens")
         return found
@@ -147,12 +175,12 @@ class PseudoTokens(nn.Module):
         return PseudoTokens(Stored(self.source()), getattr(self, "first", None))
 
 
-def _source(site: EmbedsSite, method: PTuning) -> nn.Module:
-    """What makes the embeddings, at its start."""
-    start = sampled_embeddings(site, method.length)
+def _source(site: EmbedsSite, count: int, method: PTuning) -> nn.Module:
+    """What makes `count` embeddings, at its start."""
+    start = sampled_embeddings(site, count)
     if method.encoder == "none":
         return Stored(start)
-    network = Network(method.length, site.width, method.encoder)
+    network = Network(count, site.width, method.encoder)
     if method.init == "vocabulary":
         fit_last(network.last, network.hidden(), start)
     return network

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from trimtab.data import columns
 from trimtab.errors import UserError, unknown
 from trimtab.examples import IGNORED, KINDS, Example, encode_all, encode_one
 from trimtab.forms import Row
@@ -19,6 +20,7 @@ from trimtab.tasks.regress import Regress
 from trimtab.tasks.rows import each, parse_label_words
 from trimtab.tasks.tag import Tag
 from trimtab.tasks.task import Task, Wishes
+from trimtab.templates import has_mask, settled
 
 if TYPE_CHECKING:
     from trimtab.data import Rows
@@ -75,14 +77,19 @@ def prepare(name: str, rows: Rows, *, kind: str = "causal", **wishes: Any) -> Ta
     """The task that rows are for: finds the labels, or the form of the rows, and checks columns and template.
 
     `wishes` are the fields of `Wishes`: text_column, label_column, choices_column, template, chat, label_words.
-    Raises UserError for a missing column, an unknown placeholder, a row without label, fewer than two labels, and for
-    a wish that means nothing to the task.
+    Raises UserError for a missing column, an unknown placeholder, a row without label, fewer than two labels, for a
+    wish that means nothing to the task, and for a mask where the model has none or none where it has one.
     """
     made = task_class(name)
     if kind not in KINDS:
         raise unknown("model kind", kind, KINDS)
     given = Wishes(**wishes)
     given.check(name, {other: task.takes for other, task in TASKS.items()})
+    if has_mask(given.template) != (kind == "masked"):
+        wants = "needs a template with {mask}" if kind == "masked" else "takes no {mask} in its template"
+        raise UserError(f"a model of the kind {kind!r} {wants}")
+    if given.template is not None:
+        given = dataclasses.replace(given, template=settled(given.template, columns(rows)))
     return made.prepare(rows, kind, given)
 
 

@@ -174,6 +174,9 @@ class Choose:
         pairs = zip(_scores(run, examples), examples, strict=True)
         return [example.texts[int(row.argmax())] for row, example in pairs]
 
+    def objective(self, tokenizer: Any, kind: str) -> None:
+        """The labels say what is learned."""
+
     def to_config(self) -> dict[str, Any]:
         """What `task_from_config` makes the same task from."""
         return config_of(self)

@@ -118,6 +118,9 @@ class Generate:
         """The text that follows each."""
         return generated(run, examples, max_new_tokens)
 
+    def objective(self, tokenizer: Any, kind: str) -> None:
+        """The labels say what is learned."""
+
     def to_config(self) -> dict[str, Any]:
         """What `task_from_config` makes the same task from."""
         return config_of(self)

@@ -95,6 +95,9 @@ class Regress:
         """The number of each, to six digits."""
         return [f"{number:.6g}" for number in _numbers(run, examples)]
 
+    def objective(self, tokenizer: Any, kind: str) -> None:
+        """The labels say what is learned."""
+
     def to_config(self) -> dict[str, Any]:
         """What `task_from_config` makes the same task from."""
         return config_of(self)

@@ -147,6 +147,9 @@ class Tag:
             for row, example in zip(predicted, examples, strict=True)
         ]
 
+    def objective(self, tokenizer: Any, kind: str) -> None:
+        """The labels say what is learned."""
+
     def to_config(self) -> dict[str, Any]:
         """What `task_from_config` makes the same task from."""
         return config_of(self)

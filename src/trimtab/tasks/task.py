@@ -13,6 +13,7 @@ from trimtab.forms import Row
 
 if TYPE_CHECKING:
     from trimtab.data import Rows
+    from trimtab.objectives import Objective
     from trimtab.scoring import Run
 
 
@@ -78,6 +79,9 @@ class Task(Protocol):
 
     def answers(self, run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[str]:
         """What the model answers to each example, labelled or not."""
+
+    def objective(self, tokenizer: Any, kind: str) -> Objective | None:
+        """What is learned where labels alone do not say it; None where they do."""
 
     def to_config(self) -> dict[str, Any]:
         """What `task_from_config` makes the same task from."""
