@@ -129,6 +129,7 @@ def main() -> None:
     start = plain_loss(found, batch)
     if abs(gated[0] - start) > TOLERANCE * start:
         raise SystemExit(f"the zero-initialised curve begins at {gated[0]}, the base model's loss is {start}")
+    (ROOT / "benchmarks/out").mkdir(exist_ok=True)
     kept = {"base": start, "curves": curves, "lr": LR, "rows": ROWS, "batch_rows": BATCH, "seed": SEED}
     write(ROOT / "benchmarks/out/zero-init.json", json.dumps(kept, indent=1) + "\n")
     draw(curves, start, ROOT / "docs/pictures/zero-init.png")
