@@ -174,8 +174,10 @@ def measure(bench: Bench, workload: Workload) -> dict[str, Any]:
         "workload": workload.name, "ratios": ratios, "ratio": statistics.median(ratios), "difference": difference,
         "peer_seconds": [sum(theirs["epochs"]) / workload.epochs for theirs, _ in pairs],
         "our_seconds": [sum(ours["epochs"]) / workload.epochs for _, ours in pairs],
-        "peer_peak_mb": max(theirs["peak_mb"] for theirs, _ in pairs), "our_peak_mb": max(ours["peak_mb"] for _, ours in pairs),
-        "versions": {"peer": pairs[0][0]["versions"], "ours": pairs[0][1]["versions"]}, "threads": pairs[0][1]["threads"],
+        "peer_peak_mb": max(theirs["peak_mb"] for theirs, _ in pairs),
+        "our_peak_mb": max(ours["peak_mb"] for _, ours in pairs),
+        "versions": {"peer": pairs[0][0]["versions"], "ours": pairs[0][1]["versions"]},
+        "threads": pairs[0][1]["threads"],
     }  # fmt: skip
     if workload.peer in ("generate", "logits"):
         found["same_answers"] = statistics.fmean(
@@ -229,8 +231,8 @@ def report(folder: Path, docs: Path | None) -> None:
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """One line a workload."""
     lines = header(
-        "workload", "peer", "peer, s an epoch", "ours, s an epoch", "ratio (min–max)", "asked", "peak memory ours / peer",
-        "asked", "efficiency", "losses differ by",
+        "workload", "peer", "peer, s an epoch", "ours, s an epoch", "ratio (min–max)", "asked",
+        "peak memory ours / peer", "asked", "efficiency", "losses differ by",
     )  # fmt: skip
     for one in found:
         workload = BY_NAME[one["workload"]]

@@ -68,7 +68,7 @@ class Cell:
     """None: all others."""
     references: int = 2
     """References of a table that are learned, at most; a seeded sample."""
-    epochs: int = 1
+    epochs: int = 3
     batch_rows: int = 4
     warmup: float = 0.06
     seed: int = 0
@@ -96,9 +96,9 @@ class Texts:
 
 
 ENTRIES = (
-    Entry("full", "full", (1e-5, 3e-5)),
-    Entry("prefix", "prefix[length=16]", (1e-4, 2e-4)),
-    Entry("prefix-flat", "prefix[length=16,form=flat]", (5e-3, 1e-2)),
+    Entry("full", "full", (3e-5, 1e-4)),
+    Entry("prefix", "prefix[length=16]", (2e-4, 5e-4)),
+    Entry("prefix-flat", "prefix[length=16,form=flat]", (1e-2, 3e-2)),
     Entry("lora", "lora[r=8]", (5e-4, 1e-3)),
 )
 """The rates are among those that the quality benchmark tries for this model."""
@@ -372,7 +372,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="8 tables, the first learning rates, a page of its own")
     made.add_argument("--report", action="store_true", help="write the page from the results that are there")
     made.add_argument("--method", choices=[entry.name for entry in ENTRIES], action="append", help="run this only")
-    made.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the pairs (1)")
+    made.add_argument("--epochs", type=int, default=3, metavar="N", help="passes over the pairs (3)")
     made.add_argument("--references", type=int, default=2, metavar="N", help="references a table to learn from (2)")
     made.add_argument("--threads", type=int, default=1, metavar="N", help="threads (1)")
     made.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (benchmarks/out/table-to-text)")

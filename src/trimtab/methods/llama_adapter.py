@@ -44,7 +44,7 @@ class LlamaAdapter:
 
     name: ClassVar[str] = "llama-adapter"
     kinds: ClassVar[frozenset[str]] = frozenset({"kv"})
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 5e-3
     mergeable: ClassVar[bool] = False
     formula: ClassVar[str] = "layers·(length·width + heads)"
     paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2303.16199"

@@ -32,7 +32,7 @@ class LlamaAdapterV2:
 
     name: ClassVar[str] = "llama-adapter-v2"
     kinds: ClassVar[frozenset[str]] = frozenset({"kv", "linear", "norm"})
-    lr: ClassVar[float] = 3e-3
+    lr: ClassVar[float] = 1e-3
     mergeable: ClassVar[bool] = False
     formula: ClassVar[str] = "layers·(length·width + heads) + 2·Σ out + norms"
     paper: ClassVar[str] = "Gao et al. 2023, arXiv:2304.15010"
