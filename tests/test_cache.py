@@ -284,3 +284,21 @@ def test_facts_tell_bases_boundaries_and_shifts_apart() -> None:
         facts("gpt2", "prefix[length=3,hidden=8,layers=-1:]"),
     ]
     assert all(one != other for other in others)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_new_rows_behind_a_known_beginning(family: str) -> None:
+    """Rows that were never run need the beginning's keys and values in the lower layers as well."""
+    adapter = attached(family, "lora[r=2,layers=-1:]")
+    torch.manual_seed(3)
+    ids = torch.randint(3, 50, (10, 20))
+    ids[:, :12] = ids[:1, :12]
+    needed = torch.zeros(5, 20).bool()
+    needed[:, 12:] = True
+    with cached_trunk(adapter, Store(ENOUGH)):
+        for rows in (ids[:5], ids[5:], ids[3:8], ids[5:]):
+            whole = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+            with shared_prefix(adapter.model, whole, needed) as rest:
+                found = output(adapter.model, rest)
+            plain = output(adapter.model, whole)[:, 12:]
+            torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)

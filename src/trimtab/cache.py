@@ -126,10 +126,17 @@ class Trunk:
     def begin(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the rows of a forward of the stack, and look them up."""
         frame = self._frame(named_arguments(body, args, kwargs))
-        if frame is not None and self.tuples is not None:
+        if frame is not None and self.tuples is not None and self._skipped():
             known = [self.store.get(key, frame.start) for key in frame.keys]
             frame.known = None if any(one is None for one in known) else known  # type: ignore[assignment]
         self.frames.append(frame)
+
+    def _skipped(self) -> bool:
+        """Whether nothing needs the replayed layers' attentions: rows that are run need what shared tokens leave there.
+
+        Shared tokens are run inside the forward of the rows.
+        """
+        return not self.frames or (self.frame is not None and self.frame.known is not None)
 
     def end(self, body: Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward is over."""
