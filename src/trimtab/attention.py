@@ -205,7 +205,7 @@ class Prepare:
 
     def __call__(self, body: nn.Module, args: tuple[Any, ...]) -> None:
         if self.switch.on and not self.switch.inner:
-            self.part.prepare()
+            self.switch.once(self, self.part.prepare)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ Hooks are callable objects, not closures, so that a deep copy of the model carri
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,32 @@ class Switch:
         self.on = True
         self.inner = False
         """Whether the present forward of a stack is inside another, which has made what is made once a forward."""
+        self.kept: dict[object, Any] | None = None
+        """What depends on no row, by who made it, as long as no tensor of the model changes (unchanging)."""
+
+    def once(self, maker: object, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or gave this maker before while nothing changes."""
+        if self.kept is None or torch.is_grad_enabled():
+            return make()
+        if maker not in self.kept:
+            self.kept[maker] = make()
+        return self.kept[maker]
+
+
+@contextmanager
+def unchanging(switches: Sequence[Switch]) -> Iterator[None]:
+    """Inside, no tensor of the model or of its adapters changes: what depends on no row is made once, not per forward.
+
+    For evaluation, without gradients. Blocks may stand in each other.
+    """
+    begun = [switch for switch in switches if switch.kept is None]
+    for switch in begun:
+        switch.kept = {}
+    try:
+        yield
+    finally:
+        for switch in begun:
+            switch.kept = None
 
 
 class LinearHook:

@@ -91,12 +91,22 @@ class SharedText:
     def __call__(self, body: Module, args: tuple[Any, ...]) -> None:
         if self.running or any(switch.inner for switch in self.switches):
             return
+        kept = self.switches[0].kept if self.switches and not torch.is_grad_enabled() else None
+        place = tuple(self.ids[0].tolist())
+        if kept is not None and place in kept:
+            self.record = kept[place]
+            return
+        self.record = self._run(body)
+        if kept is not None and len(self.record) == len(self.site.attentions):  # fewer where layers are replayed
+            kept[place] = self.record
+
+    def _run(self, body: Module) -> list[Recorded]:
         ids = self.ids.to(self.site.embedding.weight.device)
         places = torch.arange(ids.shape[1], device=ids.device)[None]
         modules = [attention.module for attention in self.site.attentions]
         with self._inside(), recording(modules, TEXT) as record, without_checkpointing(self.site.layers):
             body(input_ids=ids, position_ids=places, use_cache=False)
-        self.record = record
+        return record
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from trimtab.adapter import adapters
 from trimtab.bars import progress
 from trimtab.batches import Collator, TokenBatches, length, pad, read
 from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, select_positions
+from trimtab.hooks import unchanging
 from trimtab.lengths import new_tokens
 from trimtab.objectives import Objective, whole_inputs
 from trimtab.prefix_share import shared_prefix
@@ -102,9 +103,10 @@ class Run:
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model is in eval mode without gradients; afterwards every module has the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
+    attachments: Any = getattr(model, "trimtab", None)
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanging(attachments.switches if attachments else ()):
             yield
     finally:
         for module, mode in modes:
@@ -160,8 +162,11 @@ def _choices(example: Any) -> Sequence[Ids] | None:
 
 def answer_scores(run: Run, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
     """log p of each example's possible answers after its prompt: [answers] of each example."""
-    alone = all(len(answer) == 1 for own in answers for answer in own)
-    return _one_token_scores(run, prompts, answers) if alone else _word_scores(run, prompts, answers)
+    if all(len(answer) == 1 for own in answers for answer in own):
+        return _one_token_scores(run, prompts, answers)
+    if run.kind == "causal" and _fits_window(run.model.config, prompts, answers):
+        return _continued_scores(run, prompts, answers)
+    return _word_scores(run, prompts, answers)
 
 
 def gold_loss(scores: Sequence[Tensor], gold: Sequence[int], sizes: Sequence[Sequence[int]]) -> float:
@@ -179,6 +184,56 @@ def _one_token_scores(run: Run, prompts: Sequence[Ids], answers: Sequence[Sequen
         return [row[[answer[0] for answer in answers[index]]] for index, row in zip(batch, found, strict=True)]
 
     return run.over("evaluating", [len(prompt) for prompt in prompts], step)
+
+
+def _fits_window(config: Any, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> bool:
+    """Whether no token falls out of a sliding window, which would count the padding before a continuation."""
+    window = getattr(config, "sliding_window", None)
+    longest = max((len(prompt) for prompt in prompts), default=0) + max(
+        (len(one) for own in answers for one in own), default=0
+    )
+    return window is None or longest < window
+
+
+def _continued_scores(run: Run, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:
+    """The sum of log p over each answer's tokens: a prompt is run once, its answers go on from its keys and values."""
+
+    def step(batch: list[int]) -> Iterable[Tensor]:
+        own = [answers[index] for index in batch]
+        inputs = run.tensors([{"input_ids": prompts[index]} for index in batch])
+        mask = inputs["attention_mask"]
+        lengths = mask.sum(1)
+        last = torch.arange(mask.shape[1], device=mask.device) == lengths[:, None] - 1
+        with run.sharing(inputs, last) as (rest, last):
+            with select_positions(run.model, last):
+                found = run.model(**rest, use_cache=True)
+            first = F.log_softmax(found.logits[0].float(), dim=-1)  # [B, V]
+            rows = torch.tensor([row for row, some in enumerate(own) for _ in some], device=mask.device)
+            flat = [answer for some in own for answer in some]
+            scores = first[rows, torch.tensor([answer[0] for answer in flat], device=mask.device)]
+            scores = scores + _rest_scores(run, flat, rows, rest["attention_mask"], lengths, found.past_key_values)
+        return scores.cpu().split([len(some) for some in own])
+
+    sizes = [len(prompt) + sum(map(len, own)) for prompt, own in zip(prompts, answers, strict=True)]
+    return run.over("evaluating", sizes, step)
+
+
+def _rest_scores(run: Run, answers: Sequence[Ids], rows: Tensor, mask: Tensor, lengths: Tensor, cache: Any) -> Tensor:
+    """The sum of log p over each answer's tokens from its second on [answers], behind the cached row that it has."""
+    read = [answer[:-1] for answer in answers]
+    if not any(read):
+        return torch.zeros(len(answers), device=mask.device)
+    ids, seen = (made.to(mask.device) for made in (pad(read, run.pad_id), pad([[1] * len(one) for one in read], 0)))
+    cache.reorder_cache(rows)
+    places = lengths[rows, None] + torch.arange(ids.shape[1], device=mask.device)
+    with select_positions(run.model, seen.bool()):
+        logits = run.model(
+            input_ids=ids, attention_mask=torch.cat([mask[rows], seen], dim=1), position_ids=places,
+            past_key_values=cache, use_cache=True,
+        ).logits  # fmt: skip
+    targets = torch.tensor([token for answer in answers for token in answer[1:]], device=mask.device)
+    each = F.log_softmax(logits[0].float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
+    return torch.stack([part.sum() for part in each.split([len(one) for one in read])])
 
 
 def _word_scores(run: Run, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[Tensor]:

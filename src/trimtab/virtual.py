@@ -137,7 +137,7 @@ class SharedTokens:
         kwargs = named_arguments(body, args, kwargs)
         past = kwargs.get("past_key_values")
         if not (self.switch.inner or self._continues(past)):
-            self.record = self._run(body)
+            self.record = self.switch.once(self, lambda: self._run(body))
             self.cache = None if past is None or torch.is_grad_enabled() else weakref.ref(past)
         if self.site.positions == "learned":
             kwargs["position_ids"] = positions(kwargs) + self.record[0][0].shape[-2]
