@@ -174,7 +174,7 @@ ENTRIES = (
     Entry("smollm2", "full", "full", (1e-5, 3e-5, 1e-4), epochs=1, seeds=1),
     Entry("smollm2", "lora", "lora[r=8]", (5e-4, 1e-3, 2e-3), epochs=1, seeds=1),
     Entry("smollm2", "prompt", "prompt", (1e-2, 3e-2, 1e-1), epochs=1, seeds=1),
-    Entry("smollm2", "prefix", "prefix", (5e-5, 1e-4, 2e-4), epochs=1, seeds=1),
+    Entry("smollm2", "prefix", "prefix", (2e-5, 5e-5, 1e-4), epochs=1, seeds=1),
     Entry("smollm2", "p-tuning", "p-tuning", (3e-4, 1e-3, 3e-3), epochs=1, seeds=1),
     Entry("smollm2", "llama-adapter", "llama-adapter", (5e-3, 1e-2, 2e-2), epochs=1, seeds=1),
     Entry("smollm2", "llama-adapter-v2", "llama-adapter-v2", (1e-3, 3e-3, 1e-2), epochs=1, seeds=1),

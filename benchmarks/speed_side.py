@@ -141,6 +141,7 @@ def start_from(adapter: Any, theirs: dict[str, torch.Tensor], workload: Workload
             raise SystemExit(f"{workload.name}: the peer's {name} is {len(hits)} of our tensors")
         renamed[hits[0]] = tensor
     own = adapter.state_dict()
+    renamed |= {name: zeros for name, zeros in own.items() if name.endswith(".start") and not zeros.any()}
     adapter.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in renamed.items()})
 
 

@@ -54,7 +54,7 @@ def attached(family: str, method: str, dtype: torch.dtype = torch.float64) -> tu
 
 
 def by_hand(adapter: Any, key: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each layer keys and values [kv heads, P, D]: stored, or W_2 tanh(W_1 E + b_1) + b_2 cut up by hand."""
+    """Of each layer keys and values [kv heads, P, D]: stored, or S + W_2 tanh(W_1 E + b_1) + b_2 cut up by hand."""
     parts = dict(adapter.named_parameters())
     if f"{key.format(0)}.keys" in parts:
         return [(parts[f"{key.format(layer)}.keys"], parts[f"{key.format(layer)}.values"]) for layer in range(3)]
@@ -62,9 +62,9 @@ def by_hand(adapter: Any, key: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     net |= {name: parts[f"{key.format(0)}.generator.{name}"] for name in ("last.weight", "last.bias")}
     heads = net["last.weight"].shape[0] // (2 * 3 * D)
     rows = []  # [P, 3 layers, keys or values, kv heads, D]
-    for token in net["tokens"]:
+    for token, start in zip(net["tokens"], adapter.state_dict()[f"{key.format(0)}.generator.start"], strict=True):
         inner = torch.tanh(net["first.weight"] @ token + net["first.bias"])
-        rows.append((net["last.weight"] @ inner + net["last.bias"]).view(3, 2, heads, D))
+        rows.append((start + net["last.weight"] @ inner + net["last.bias"]).view(3, 2, heads, D))
     whole = torch.stack(rows)
     return [(whole[:, layer, 0].transpose(0, 1), whole[:, layer, 1].transpose(0, 1)) for layer in range(3)]
 

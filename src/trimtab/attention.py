@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trimtab.decoding import Piece, decode, decodes
 from trimtab.errors import UserError
 from trimtab.hooks import Switch
 from trimtab.positions import ShiftPositions
@@ -245,18 +246,14 @@ def attention(
     slot = slot_of(module)
     if slot.recorder is not None:
         slot.recorder.append((key, value))
-    bias = kwargs.get("position_bias")
+    pieces = [(key, value)]
     for source in slot.active("prefix"):
         if not source.before(slot.running):
             continue
-        k, v = source.part.prefix()
-        visible = _visible(source, query, k.shape[-2], kwargs)
-        attention_mask = _extend(attention_mask, visible, k.shape[-2])
-        key, value = _front(k, key), _front(v, value)
-        if bias is not None:
-            bias = F.pad(bias, (k.shape[-2], 0))  # T5: prefixes have no relative position
-            kwargs["position_bias"] = bias
-    context, weights = _call(slot, module, query, key, value, attention_mask, kwargs)
+        k, v = (tensor.to(key) if tensor.dim() == 4 else tensor.to(key)[None] for tensor in source.part.prefix())
+        attention_mask = _extend(attention_mask, _visible(source, query, k.shape[-2], kwargs), k.shape[-2])
+        pieces.insert(0, (k, v))
+    context, weights = _attend(slot, module, query, pieces, attention_mask, kwargs)
     for source in slot.active("context"):
         context = context + source.part.context(query, kwargs.get("scaling"))
     return context, weights
@@ -270,6 +267,25 @@ def puts_in_front(part: Any) -> bool:
 def full_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The boolean mask [B, 1, n, m], never skipped, so that a None that is left means bidirectional."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+def _attend(
+    slot: Slot,
+    module: nn.Module,
+    query: torch.Tensor,
+    pieces: list[Piece],
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, Any]:
+    """The attention over all pieces' keys; the text's are the last piece."""
+    front = sum(keys.shape[-2] for keys, _ in pieces[:-1])
+    if front and slot.previous == "sdpa" and decodes(query, mask, module.training, kwargs):
+        scaling = kwargs.get("scaling")
+        return decode(query, pieces, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (front, 0))  # T5: prefixes have no relative position
+    key, value = (_joined(tensors) for tensors in zip(*pieces, strict=True))
+    return _call(slot, module, query, key, value, mask, kwargs)
 
 
 def _call(
@@ -293,9 +309,12 @@ def _ours(module: Module) -> str:
     return module.config._attn_implementation
 
 
-def _front(prefix: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """[kv_heads, P, head_dim] or [B or 1, kv_heads, P, head_dim] in front of [B, kv_heads, m, head_dim]"""
-    return torch.cat([prefix.to(text).expand(text.shape[0], -1, -1, -1), text], dim=-2)
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B or 1, kv_heads, P, head_dim] in front of [B, kv_heads, m, head_dim]"""
+    if len(tensors) == 1:
+        return tensors[0]
+    batch = tensors[-1].shape[0]
+    return torch.cat([tensor.expand(batch, -1, -1, -1) for tensor in tensors], dim=-2)
 
 
 def _visible(source: Source, query: torch.Tensor, length: int, kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from trimtab.chunks import Chunks, chunk_size, hidden_only
 from trimtab.consistency import consistency_loss, squared_difference
 from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, label_only
 
@@ -34,15 +35,15 @@ class Objective(Protocol):
     def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
         """The model's outputs for inputs without their labels. `everywhere` asks for all logits in the outputs."""
 
-    def loss(self, logits: Tensor, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def loss(self, logits: Any, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
         """The loss of logits and targets as `forward` gives them."""
 
-    def divergence(self, first: Tensor, second: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def divergence(self, first: Any, second: Any, num_items: Tensor | int | None) -> Tensor:
         """How far two forwards' logits are apart, in the loss's own measure."""
 
 
-Found = tuple[Any, Tensor, Tensor]
-"""A model's outputs, the logits that have a target, the targets."""
+Found = tuple[Any, Any, Tensor]
+"""A model's outputs, the logits that have a target (or what stands for them), the targets."""
 
 
 def objective_of(base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | None:
@@ -96,26 +97,38 @@ class Tags:
 
 
 class Tokens:
-    """Which token of the vocabulary stands at each labelled position."""
-
-    loss = staticmethod(label_loss)
-    divergence = staticmethod(consistency_loss)
+    """Which token of the vocabulary stands at each labelled position; many are projected in chunks (chunks.py)."""
 
     def labelled(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
         """The labelled positions."""
         return align_labels(base, labels) != IGNORED
 
     def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
-        """Logits [1, N, V], targets [N]; `everywhere` logits [B, n, V], targets [B, n]."""
+        """Logits [1, N, V] or what stands for them, targets [N]; `everywhere` logits [B, n, V], targets [B, n]."""
         labels, rest = inputs["labels"], {**_without_labels(inputs), "use_cache": False}
         if base.config.is_encoder_decoder and "decoder_input_ids" not in rest:
             rest["decoder_input_ids"] = decoder_inputs(base, labels)
         if everywhere:
             outputs = model(**rest)
             return outputs, outputs.logits, align_labels(base, labels)
-        with label_only(base, labels) as targets:
+        mask = self.labelled(base, labels)
+        size = chunk_size(base, int(mask.sum()))
+        if size is None:
+            with label_only(base, labels) as targets:
+                outputs = model(**rest)
+            return outputs, outputs.logits, targets
+        with hidden_only(base, mask) as hidden:
             outputs = model(**rest)
-        return outputs, outputs.logits, targets
+        return outputs, Chunks(base, hidden[0], size), align_labels(base, labels)[mask]
+
+    def loss(self, logits: Tensor | Chunks, targets: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """The cross-entropy."""
+        return logits.loss(targets, num_items) if isinstance(logits, Chunks) else label_loss(logits, targets, num_items)
+
+    def divergence(self, first: Tensor | Chunks, second: Tensor | Chunks, num_items: Tensor | int | None) -> Tensor:
+        """The symmetric Kullback-Leibler divergence."""
+        whole = [logits.whole() if isinstance(logits, Chunks) else logits for logits in (first, second)]
+        return consistency_loss(whole[0], whole[1], num_items)
 
 
 class Numbers:

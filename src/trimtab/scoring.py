@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trimtab.adapter import adapters
 from trimtab.bars import progress
 from trimtab.batches import Collator, TokenBatches, length, pad, read
-from trimtab.head import IGNORED, align_labels, decoder_inputs, label_loss, select_positions
+from trimtab.head import IGNORED, decoder_inputs, select_positions
 from trimtab.hooks import unchanging
 from trimtab.lengths import new_tokens
-from trimtab.objectives import Objective, whole_inputs
+from trimtab.objectives import Objective, Tokens, whole_inputs
 from trimtab.prefix_share import shared_prefix
 from trimtab.search import GREEDY, Search
 from trimtab.virtual import placed_embeddings
@@ -262,19 +262,14 @@ def prompt_of(example: Any) -> list[int]:
 def answer_loss(run: Run, examples: Sequence[Any]) -> float:
     """Nats per answer token."""
     counts: list[int] = []
+    objective = Tokens()
 
     def step(batch: list[int]) -> list[float]:
         inputs = run.tensors([examples[index] for index in batch])
-        labels = inputs.pop("labels")
-        if run.kind == "seq2seq":
-            inputs["decoder_input_ids"] = decoder_inputs(run.model, labels)
-        aligned = align_labels(run.model, labels)
-        mask = aligned != IGNORED
-        targets = aligned[mask]
-        with run.sharing(inputs, mask) as (rest, mask), select_positions(run.model, mask):
-            logits = run.model(**rest, use_cache=False).logits
+        with run.sharing(inputs, objective.labelled(run.model, inputs["labels"])) as (rest, _):
+            _, logits, targets = objective.forward(run.model, run.model, rest, everywhere=False)
+            total = float(objective.loss(logits, targets, num_items=1))
         counts.append(targets.numel())
-        total = float(label_loss(logits, targets, num_items=1))
         return [total] + [0.0] * (len(batch) - 1)
 
     return sum(run.over("loss", [length(example) for example in examples], step)) / max(1, sum(counts))

@@ -179,9 +179,10 @@ class Trainer(transformers.Trainer):
         ids = inputs.get("input_ids")
         if not self.share or ids is None or ids.dim() != 2 or "position_ids" in inputs:
             return nullcontext(inputs)
-        labels = inputs.get("labels")
-        alike = labels is not None and labels.shape == ids.shape
-        return shared_prefix(base, inputs, align_labels(base, labels) != IGNORED if alike else None)
+        labels, needed = inputs.get("labels"), None
+        if labels is not None and labels.shape == ids.shape:
+            needed = align_labels(base, labels) != IGNORED
+        return shared_prefix(base, inputs, needed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

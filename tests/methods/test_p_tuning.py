@@ -56,9 +56,31 @@ def test_the_network_by_hand(encoder: str) -> None:
     states = _lstm(network.lstm, network.tokens) if encoder == "lstm" else network.tokens
     for layer in network.inner:
         states = (states @ layer.weight.T + layer.bias).clamp(min=0)
-    states = states @ network.last.weight.T + network.last.bias
+    states = network.start + states @ network.last.weight.T + network.last.bias
+    assert network.start.norm(dim=1).min() > 0
     assert torch.allclose(part(), states, atol=1e-12)
     assert len(network.inner) == (1 if encoder == "lstm" else 2)
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "mlp"])
+def test_every_tensor_of_the_network_learns(encoder: str) -> None:
+    """Those in front of the last projection from the second step on: it starts at zero."""
+    model = tiny("llama")
+    adapter = tt.attach(model, f"p-tuning[length=4,encoder={encoder}]")
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+    before = [parameter.detach().clone() for parameter in adapter.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        output(model, inputs("llama")).pow(2).mean().backward()
+        optimizer.step()
+    assert not any(torch.equal(one, other) for one, other in zip(before, adapter.parameters(), strict=True))
+
+
+def test_a_random_start_is_the_networks_own() -> None:
+    model = tiny("llama")
+    tt.attach(model, "p-tuning[length=4,init=random]")
+    network = model.trimtab.entries["default"].parts["embeds"].source
+    assert not network.start.any() and network.last.weight.any()
 
 
 @pytest.mark.parametrize("encoder", ["lstm", "mlp", "none"])
@@ -74,7 +96,7 @@ def test_it_starts_at_embeddings_of_real_tokens(encoder: str) -> None:
 
 def test_the_network_runs_once_a_forward() -> None:
     model = tiny("llama")
-    tt.attach(model, "p-tuning[length=4]")
+    tt.attach(model, "p-tuning[length=4,encoder=lstm]")
     calls = []
     model.trimtab.entries["default"].parts["embeds"].source.lstm.register_forward_hook(lambda *_: calls.append(1))
     output(model, inputs("llama", batch=3))

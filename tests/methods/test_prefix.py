@@ -213,22 +213,15 @@ def test_starts_from_sampled_tokens() -> None:
     assert len({int((table - row).abs().amax(1).argmin()) for row in rows}) > 1
 
 
-@pytest.mark.parametrize(("length", "hidden"), [(5, 5), (5, 64), (9, 4)])
-def test_least_squares(length: int, hidden: int) -> None:
-    """Exact where length ≤ hidden; else no other W_2 comes closer: the error is orthogonal to the network's inside."""
+@pytest.mark.parametrize(("length", "hidden"), [(5, 64), (9, 4)])
+def test_the_network_starts_at_the_texts_keys_and_values(length: int, hidden: int) -> None:
     text = "abcdefghi"[:length]
     torch.manual_seed(9)
     wanted = tt.attach(tiny("llama"), f"prefix[length={length},form=flat,text={text}]", tokenizer=Words())
     made = tt.attach(tiny("llama"), f"prefix[length={length},hidden={hidden},text={text}]", tokenizer=Words())
-    pairs = zip(by_hand(wanted, "layer{}_self"), by_hand(made, "layer{}_self"), strict=True)
-    error = torch.stack([torch.stack([a - b for a, b in zip(*pair, strict=True)]) for pair in pairs])
-    net = made._entry.parts["layer0_self"].generator
-    inside = torch.tanh(net.tokens @ net.first.weight.T + net.first.bias)  # [length, hidden]
-    if length <= hidden:
-        assert error.abs().max() < 1e-3
-    else:
-        assert error.abs().max() > 0.1
-        assert (inside.T @ error.movedim(-2, 0).flatten(1)).abs().max() < 1e-3
+    for pair in zip(by_hand(wanted, "layer{}_self"), by_hand(made, "layer{}_self"), strict=True):
+        for one, other in zip(*pair, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_encoder_cross_and_layers_choose() -> None:

@@ -1,11 +1,12 @@
 """P-tuning. Liu et al. 2021, GPT Understands, Too, arXiv:2103.10385.
 
-    P = MLP(BiLSTM(E)),     E [length, width] → P [length, width] → input embeddings of the pseudo tokens
+    P = P_0 + MLP(E)   or   P_0 + MLP(BiLSTM(E)),     E, P [length, width];  P are the pseudo tokens' input embeddings
 
 The pseudo tokens stand in front of the input, or where a template has them (`{p*3} {text} {p*3} It was {mask}`), at
 ordinary consecutive positions. A bidirectional LSTM of two layers with width / 2 units a direction (or nothing) reads
-E, and an MLP of two layers (three without the LSTM) with ReLU makes the embeddings. The last projection is fitted so
-that they start at embeddings of real tokens. After training the network is thrown away and the embeddings are kept.
+E, and an MLP of two layers (three without the LSTM) with ReLU makes the embeddings. P_0 are embeddings of real tokens
+and stay what they are; the MLP's last projection starts at zero, so the pseudo tokens start there (init=random: P_0 is
+0 and the network draws its own start, as in the paper). After training the network is thrown away and P is kept.
 Deployed parameters: length · width.
 """
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError
-from trimtab.methods.starts import fit_last, sampled_embeddings
+from trimtab.methods.starts import sampled_embeddings, start_at
 from trimtab.pseudo import first_pseudo_token
 from trimtab.sites import EmbedsSite, Sites
 
@@ -32,12 +33,12 @@ class PTuning:
 
     length: int | None = None
     """Number of pseudo tokens: as many as the template has, or 20 in front."""
-    encoder: Literal["lstm", "mlp", "none"] = "lstm"
-    """The network while training: lstm (and an MLP), mlp, or none (the embeddings themselves are trained)."""
+    encoder: Literal["lstm", "mlp", "none"] = "mlp"
+    """The network while training: mlp, lstm (and an MLP), or none (the embeddings themselves are trained)."""
     place: Literal["front", "template"] | None = None
     """front (of the input) or template (where it has {p*N}); by default template if it has pseudo tokens."""
     init: Literal["vocabulary", "random"] = "vocabulary"
-    """Start: embeddings of sampled tokens, or whatever the network makes of noise (the paper's)."""
+    """Start: embeddings of sampled tokens, or what the network makes of noise (the paper's)."""
 
     name: ClassVar[str] = "p-tuning"
     kinds: ClassVar[frozenset[str]] = frozenset({"embeds"})
@@ -121,7 +122,9 @@ class PTuning:
 
 
 class Network(nn.Module):
-    """MLP(BiLSTM(E)), or MLP(E)."""
+    """P_0 + MLP(BiLSTM(E)), or P_0 + MLP(E)."""
+
+    start: torch.Tensor
 
     def __init__(self, length: int, width: int, encoder: str):
         super().__init__()
@@ -131,17 +134,14 @@ class Network(nn.Module):
             self.lstm = nn.LSTM(width, width // 2, num_layers=2, bidirectional=True)
         inner = [nn.Linear(width, width) for _ in range(1 if encoder == "lstm" else 2)]
         self.inner, self.last = nn.ModuleList(inner), nn.Linear(width, width)
-
-    def hidden(self) -> torch.Tensor:
-        """What the last projection reads [length, width]."""
-        states = self.tokens if self.lstm is None else self.lstm(self.tokens)[0]
-        for layer in self.inner:
-            states = torch.relu(layer(states))
-        return states
+        self.register_buffer("start", torch.zeros(length, width))
 
     def forward(self) -> torch.Tensor:
         """[length, width]"""
-        return self.last(self.hidden())
+        states = self.tokens if self.lstm is None else self.lstm(self.tokens)[0]
+        for layer in self.inner:
+            states = torch.relu(layer(states))
+        return self.start + self.last(states)
 
 
 class Stored(nn.Module):
@@ -182,5 +182,5 @@ def _source(site: EmbedsSite, count: int, method: PTuning) -> nn.Module:
         return Stored(start)
     network = Network(count, site.width, method.encoder)
     if method.init == "vocabulary":
-        fit_last(network.last, network.hidden(), start)
+        start_at(network.start, network.last, start)
     return network

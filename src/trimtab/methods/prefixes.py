@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from trimtab.contract import Context
 from trimtab.errors import UserError
-from trimtab.methods.starts import NOISE, fit_last, fitted, sampled
+from trimtab.methods.starts import NOISE, fitted, sampled, start_at
 from trimtab.sites import KVSite, Site, Sites
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -78,13 +78,16 @@ class StoredPrefix(nn.Module):
 
 
 class Generator(nn.Module):
-    """[K_1, V_1, …] = W_2 tanh(W_1 E + b_1) + b_2 for a set of attentions."""
+    """[K_1, V_1, …] = S + W_2 tanh(W_1 E + b_1) + b_2 for a set of attentions; S, where they start, is not trained."""
+
+    start: torch.Tensor
 
     def __init__(self, group: Sequence[KVSite], length: int, hidden: int, dropout: float):
         super().__init__()
         width = group[0].k.in_features
         self.tokens = nn.Parameter(torch.randn(length, width))
         self.first, self.last = nn.Linear(width, hidden), nn.Linear(hidden, outputs(group))
+        self.register_buffer("start", torch.zeros(length, outputs(group)))
         self.shapes = [(site.kv_heads, site.head_dim) for site in group]
         self.dropout, self.length = dropout, length
         self.current: list[KeysValues] = []
@@ -93,10 +96,10 @@ class Generator(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "current": []}  # a copy of the model makes its own
 
-    def fit(self, start: Sequence[KeysValues]) -> None:
-        """Have W_2 make `start`: exactly where P ≤ hidden."""
+    def begin(self, start: Sequence[KeysValues]) -> None:
+        """Start there: W_2 and b_2 are 0."""
         wanted = torch.cat([tensor.transpose(0, 1).flatten(1).cpu() for pair in start for tensor in pair], dim=1)
-        fit_last(self.last, torch.tanh(self.first(self.tokens)), wanted)
+        start_at(self.start, self.last, wanted)
 
     def prepare(self) -> None:
         """Make the keys and values of the present forward."""
@@ -104,7 +107,7 @@ class Generator(nn.Module):
 
     def compute(self) -> list[KeysValues]:
         """Of each attention keys and values [kv_heads, P, head_dim]."""
-        flat = self.last(torch.tanh(self.first(self.tokens)))
+        flat = self.start + self.last(torch.tanh(self.first(self.tokens)))
         pieces = iter(flat.split([heads * width for heads, width in self.shapes for _ in range(2)], dim=1))
         return [(_headed(next(pieces), heads), _headed(next(pieces), heads)) for heads, _ in self.shapes]
 
@@ -182,5 +185,5 @@ def generated_parts(
 ) -> dict[Site, nn.Module]:
     """A network that starts by making `start`, owned by the first of the set."""
     generator = Generator(group, start[0][0].shape[1], hidden, dropout)
-    generator.fit(start)
+    generator.begin(start)
     return {site: Follower(generator, at) if at else Leader(generator) for at, site in enumerate(group)}

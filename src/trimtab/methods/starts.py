@@ -1,4 +1,4 @@
-"""Where virtual tokens and prefixes start: real tokens, and networks fitted to make them. Knows embeddings; refuses to
+"""Where virtual tokens and prefixes start: real tokens, and networks that begin there. Knows embeddings; refuses to
 know methods.
 """
 
@@ -39,10 +39,12 @@ def sampled_embeddings(site: EmbedsSite, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit_last(last: nn.Linear, inputs: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Change a layer's weight as little as possible so that `inputs` [P, in] give `wanted` [P, out].
+def start_at(shift: torch.Tensor, last: nn.Linear, wanted: torch.Tensor) -> None:
+    """Have shift + last(anything) be `wanted` [P, out], whatever the layers before make.
 
-    By least squares: exactly where the inputs are linearly independent.
+    A last layer that is fitted instead has to undo that their outputs hardly differ between positions, and its large
+    weights then blow up every step of theirs.
     """
-    missing = wanted.cpu() - last(inputs)
-    last.weight += torch.linalg.lstsq(inputs, missing, driver="gelsd").solution.T
+    shift.copy_(wanted)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
