@@ -39,9 +39,9 @@ _LORA = (
 _PROMPT = ((r"prompt_encoder\.default\.embedding\.weight", "embeds.tokens"),)
 _P_TUNING = (
     (r"prompt_encoder\.default\.embedding\.weight", "embeds.source.tokens"),
-    (r"prompt_encoder\.default\.lstm_head\.(.*)", r"embeds.source.lstm.\1"),
     (r"prompt_encoder\.default\.mlp_head\.0\.(.*)", r"embeds.source.inner.0.\1"),
-    (r"prompt_encoder\.default\.mlp_head\.2\.(.*)", r"embeds.source.last.\1"),
+    (r"prompt_encoder\.default\.mlp_head\.2\.(.*)", r"embeds.source.inner.1.\1"),
+    (r"prompt_encoder\.default\.mlp_head\.4\.(.*)", r"embeds.source.last.\1"),
 )
 _ADAPTION = (
     (r".*layers\.(\d+)\.self_attn\.adaption_prompt", r"layer\1_self.prompts"),
@@ -66,9 +66,9 @@ WORKLOADS = (
     _prompt(100, 5.0, 0.6),
     Workload(
         "p-tuning-20", "peft", "p-tuning[length=20,init=random]",
-        {"class": "PromptEncoderConfig", "num_virtual_tokens": 20, "encoder_reparameterization_type": "LSTM",
-         "encoder_hidden_size": 288, "encoder_dropout": 0.0, **_TASK},
-        1, 1e-3, 3.0, 0.8, _P_TUNING,
+        {"class": "PromptEncoderConfig", "num_virtual_tokens": 20, "encoder_reparameterization_type": "MLP",
+         "encoder_hidden_size": 576, "encoder_dropout": 0.0, **_TASK},
+        1, 1e-4, 3.0, 0.8, _P_TUNING,
     ),
     Workload(
         "prefix-20", "peft", "prefix[length=20,init=random]",

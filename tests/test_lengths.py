@@ -58,3 +58,11 @@ def test_a_prompt_leaves_room_for_what_is_generated() -> None:
     assert new_tokens(None, table, 64, 500) == 1
     assert new_tokens(None, endless, 64, 500) == 500
     assert new_tokens(None, decoder, 64, 500) == 63
+
+
+def test_virtual_tokens_leave_positions_that_a_rotary_model_was_trained_with() -> None:
+    config = tiny.tiny("llama").config
+    known = config.max_position_embeddings
+    assert fitting_length(Prompt(length=known - 1), config, None) == 512
+    with pytest.raises(UserError, match=f"virtual tokens take {known} of the {known} positions .* at most {known - 1}"):
+        fitting_length(Prompt(length=known), config, None)

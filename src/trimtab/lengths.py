@@ -76,6 +76,7 @@ def fitting_length(method: Any, config: Any, wanted: int | None) -> int:
     """
     most, inside = room(method, config), sum(getattr(member, "inside", 0) for member in _members(method))
     if most is None:
+        _check_trained(method, config)
         if (longest := wanted or USUAL) <= inside:
             raise UserError(
                 f"the template's {inside} pseudo tokens leave no room for the text in max_length={longest}; "
@@ -93,3 +94,13 @@ def fitting_length(method: Any, config: Any, wanted: int | None) -> int:
             f"allowed is at most {most}"
         )
     return wanted or min(USUAL, most)
+
+
+def _check_trained(method: Any, config: Any) -> None:
+    """Raises UserError where virtual tokens alone take all positions that a model without a table was trained with."""
+    known, taken = getattr(config, "max_position_embeddings", None), virtual_tokens(method, config)
+    if known is not None and taken >= known:
+        raise UserError(
+            f"the method's virtual tokens take {taken} of the {known} positions that this model was trained with, "
+            f"which leaves none for the text; allowed are at most {known - 1}"
+        )
