@@ -31,7 +31,8 @@ def decode(query: torch.Tensor, pieces: Sequence[Piece], mask: torch.Tensor | No
     batch, heads, _, width = query.shape
     kv_heads = pieces[0][0].shape[1]
     grouped = (query * scaling).view(batch, kv_heads, heads // kv_heads, width)
-    scores = torch.cat([_product(grouped, keys.transpose(-1, -2)) for keys, _ in pieces], dim=-1).float()
+    scores = torch.cat([_product(grouped, keys.transpose(-1, -2)) for keys, _ in pieces], dim=-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
