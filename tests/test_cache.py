@@ -271,7 +271,7 @@ def test_a_folder_in_use_is_left_to_the_other_run(tmp_path: Path, caplog: pytest
     first.close()
 
 
-def test_facts_tell_bases_boundaries_and_shifts_apart() -> None:
+def test_facts_tell_bases_and_boundaries_apart() -> None:
     def facts(family: str, method: str) -> dict[str, Any]:
         adapter = attached(family, method)
         return trunk_facts(adapter, model_fingerprint(adapter.model))
@@ -281,7 +281,6 @@ def test_facts_tell_bases_boundaries_and_shifts_apart() -> None:
     others = [
         facts("gpt2", "lora[r=2,layers=-2:]"),
         facts("llama", "lora[r=2,layers=-1:]"),
-        facts("gpt2", "prefix[length=3,hidden=8,layers=-1:]"),
     ]
     assert all(one != other for other in others)
 
@@ -302,3 +301,47 @@ def test_new_rows_behind_a_known_beginning(family: str) -> None:
                 found = output(adapter.model, rest)
             plain = output(adapter.model, whole)[:, 12:]
             torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "roberta"])
+def test_the_base_and_a_prefix_that_moves_the_text_know_their_own_rows(family: str) -> None:
+    adapter = attached(family, "prefix[length=3,hidden=8,layers=-1:]")
+    batch = inputs(family)
+    with adapter.disabled():
+        base = output(adapter.model, batch)
+    moved = output(adapter.model, batch)
+    with cached_trunk(adapter, Store(ENOUGH)):
+        for _ in range(2):
+            with adapter.disabled():
+                torch.testing.assert_close(output(adapter.model, batch), base, rtol=0, atol=1e-6)
+            torch.testing.assert_close(output(adapter.model, batch), moved, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_answers_of_several_tokens_go_on_from_whole_caches(family: str) -> None:
+    from trimtab.scoring import Run, answer_scores
+
+    class Padding:
+        pad_token_id = 0
+
+    adapter = attached(family, "lora[r=2,layers=-1:]")
+    run = Run(adapter.model, Padding(), "causal", 200, False)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    prompts = torch.randint(3, 50, (3, 6)).tolist()
+    answers = [[[4, 5], [6, 7, 8]]] * 3
+    plain = answer_scores(run, prompts, answers)
+    with cached_trunk(adapter, Store(ENOUGH)):
+        for _ in range(2):
+            for one, other in zip(answer_scores(run, prompts, answers), plain, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_come_again_are_not_kept_twice() -> None:
+    store, states = Store(ENOUGH), torch.randn(5, 4)
+    store.put("row", 2, states[2:])
+    store.put("row", 3, states[3:])
+    assert store.used == 3 * 4 * 4
+    store.put("row", 0, states)
+    assert store.used == 5 * 4 * 4
+    found = store.get("row", 1)
+    assert found is not None and torch.equal(found, states[1:])

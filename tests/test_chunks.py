@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 import trimtab as tt
 from tiny import VOCABULARY, tiny
@@ -64,6 +65,8 @@ def test_few_logits_and_models_of_two_stacks_are_left_alone() -> None:
     assert chunks.chunk_size(llama, 10) is None
     assert chunks.chunk_size(llama, 2 * chunks.MOST) == chunks.MOST // VOCABULARY
     assert chunks.chunk_size(t5, 2 * chunks.MOST) is None
+    masked = tt.attach(BertForMaskedLM(tiny("bert").config), "lora[r=2]").model
+    assert chunks.chunk_size(masked, 2 * chunks.MOST) is None
 
 
 def test_two_forwards_are_compared_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ import benchmarks.table_to_text as module
 from benchmarks.cells import keep, known
 from benchmarks.pages import fill
 from benchmarks.table_to_text import (
-    ENTRIES,
     ROOT,
     Cell,
+    Entry,
     Texts,
     bleu_difference,
     cells_of,
@@ -29,6 +29,11 @@ from benchmarks.table_to_text import (
 )
 from trimtab.text_metrics import corpus_bleu
 
+ENTRIES = (
+    Entry("full", "full", (1e-5, 3e-5)),
+    Entry("prefix", "prefix[length=16]", (1e-4, 2e-4)),
+    Entry("lora", "lora[r=8]", (5e-4, 1e-3)),
+)
 LIKE = Cell("", "", 0.0, "digest", train_tables=9, dev_tables=3, references=2)
 
 

@@ -101,6 +101,7 @@ class AttentionSetting:
             raise UserError(
                 f"keys and values cannot be added under {names} attention; load the model with sdpa or eager"
             )
+        self.previous = [(config, config._attn_implementation) for config, _ in self.previous]  # chosen since
         for module in self.modules:
             setattr(module, _SLOT, Slot(module.config._attn_implementation))
 

@@ -11,6 +11,7 @@ its template, the tokenizer and the length it was cut to are all part of the key
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ _ALONE = frozenset({"input_ids", "attention_mask", "token_type_ids", "pixel_valu
 _HARMLESS = frozenset(
     {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "labels", "cache_position"}
 )
+_ASKING = ("use_cache", "output_hidden_states", "output_attentions")
+"""Arguments that ask, when true, for what replayed layers do not leave behind."""
 
 
 def trunk_height(adapter: Adapter) -> int:
@@ -47,15 +50,12 @@ def trunk_height(adapter: Adapter) -> int:
 
 def trunk_facts(adapter: Adapter, fingerprint: str) -> dict[str, Any]:
     """What states depend on besides a row's tokens: a store made from other facts is not to be used."""
-    attachments: Any = adapter.model.trimtab
-    entry: Any = attachments.entries[adapter.name]
-    shifts = [getattr(part, "shift", 0) for part in entry.members()]
     return {
-        "format": 1,
+        "format": 2,
         "base": fingerprint,
+        "config": _config_digest(adapter.model.config),
         "dtype": str(adapter.model.dtype),
         "layers": trunk_height(adapter),
-        "shift": max(shifts, default=0),
     }
 
 
@@ -73,7 +73,7 @@ def cached_trunk(adapter: Adapter, store: Store) -> Iterator[None]:
         yield
         return
     (site,) = attachments.sites.embeds
-    trunk = Trunk(attachments, site, store)
+    trunk = Trunk(attachments, site, store, adapter.name)
     layers = _module_list(site.body, site.layers[0])
     attachments.replaying = True
     handles = [
@@ -112,8 +112,8 @@ class Frame:
 class Trunk:
     """The replayed layers of one stack, and the forwards of it that are going on."""
 
-    def __init__(self, attachments: Any, site: EmbedsSite, store: Store):
-        self.attachments, self.site, self.store = attachments, site, store
+    def __init__(self, attachments: Any, site: EmbedsSite, store: Store, name: str):
+        self.attachments, self.site, self.store, self.name = attachments, site, store, name
         self.frames: list[Frame | None] = []
         self.tuples: bool | None = None
         """Whether the layers give tuples, as the first forward shows."""
@@ -152,6 +152,8 @@ class Trunk:
             self.store.put(key, frame.start, own)
 
     def _frame(self, given: dict[str, Any]) -> Frame | None:
+        if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in (None, self.name):
+            return None
         given = {name: value for name, value in given.items() if value is not None and name not in _HARMLESS}
         inner = any(switch.inner for switch in self.attachments.switches)
         shared: Tensor | None = None if inner else self.attachments.shared
@@ -160,7 +162,7 @@ class Trunk:
         if not given.keys() <= _ALONE or own_places or (mask is not None and mask.dim() != 2):
             return None
         if "pixel_values" in given:
-            return Frame([_digest(row) for row in given["pixel_values"]], 0, None)
+            return Frame([_digest(row) + self._moved() for row in given["pixel_values"]], 0, None)
         if "input_ids" not in given:
             return None
         ids = given["input_ids"]
@@ -172,9 +174,19 @@ class Trunk:
                 torch.tensor([*before, *row[seen].tolist()]),
                 None if types is None else types.expand_as(ids)[at][seen],
             )
+            + self._moved()
             for at, (row, seen) in enumerate(zip(ids.cpu(), visible.cpu(), strict=True))
         ]
         return Frame(keys, len(before), visible)
+
+    def _moved(self) -> str:
+        """How far the acting adapter moves the positions of the text, which its rows' states depend on."""
+        active, kv = self.attachments.active, self.attachments.sites.kv
+        if active is None or not any(site.shift for site in kv):
+            return ""
+        entry: Any = self.attachments.entries[active]
+        moved = max((getattr(part, "shift", 0) for part in entry.members()), default=0)
+        return f"+{moved}" if moved else ""
 
 
 class Replay(nn.Module):
@@ -216,3 +228,13 @@ def _digest(row: Tensor, types: Tensor | None = None) -> str:
     if types is not None:
         made.update(types.detach().cpu().contiguous().numpy().tobytes())
     return made.hexdigest()
+
+
+_NAMES = ("_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "dtype", "use_cache")
+"""What a configuration says that changes no state."""
+
+
+def _config_digest(config: Any) -> str:
+    """Of what a configuration says about how states are computed."""
+    said = {name: value for name, value in config.to_dict().items() if name not in _NAMES}
+    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

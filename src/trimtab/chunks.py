@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from trimtab.head import IGNORED, label_loss, select_positions
+from trimtab.head import IGNORED, label_loss, select_positions, shifts_labels
 
 MOST = 2**26
 """Logits that are held at once: a quarter of a gigabyte in float32."""
@@ -45,10 +45,13 @@ class Chunks:
 
 
 def chunk_size(model: PreTrainedModel, positions: int) -> int | None:
-    """Positions of a chunk; None where all logits may be there at once, or the model is none of one causal stack."""
+    """Positions of a chunk; None where all logits may be there at once, and for models that are no single causal stack.
+
+    A masked model transforms its stack's output before the projection.
+    """
     head: Any = model.get_output_embeddings()
     vocabulary: int = 0 if head is None else head.weight.shape[0]
-    if positions * vocabulary <= MOST or model.config.is_encoder_decoder or _stack(model) is None:
+    if positions * vocabulary <= MOST or not shifts_labels(model) or _stack(model) is None:
         return None
     return max(1, MOST // vocabulary)
 

@@ -35,12 +35,15 @@ class Data:
 
     def evaluate(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
         """The task's metrics on the held-out examples."""
-        how: Any = {"max_new_tokens": self.max_new_tokens, "search": self.search, "show": show}
-        return evaluate(model, self.tokenizer, self.task, self.held_out, self.kind, **how)
+        return self._evaluate(model, self.held_out, show)
 
     def evaluate_base(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
         """The same of the frozen base."""
-        return evaluate(model, self.tokenizer, self.task, self.plain, self.kind, show=show)
+        return self._evaluate(model, self.plain, show)
+
+    def _evaluate(self, model: PreTrainedModel, examples: list[Any], show: bool | None) -> dict[str, float]:
+        how: Any = {"max_new_tokens": self.max_new_tokens, "search": self.search, "show": show}
+        return evaluate(model, self.tokenizer, self.task, examples, self.kind, **how)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,8 +88,12 @@ class Store:
     def put(self, key: str, start: int, states: Tensor) -> None:
         """Keep the states [n, width] of a row from position `start` on."""
         size = states.numel() * states.element_size()
-        if self.full:
+        begin = (self.memory.get(key) or self.places.get(key) or (None,))[0]
+        if self.full or (begin is not None and begin <= start):
             return
+        if key in self.memory:
+            before = self.memory.pop(key)[1]
+            self.used -= before.numel() * before.element_size()
         if self.folder is None and self.used + size <= self.budget:
             self.memory[key] = (start, states.detach().to("cpu", copy=True))
             self.used += size
@@ -122,7 +127,8 @@ class Store:
         self.commit()
         self._map = None
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a full disk, which has been said
+                self._file.close()
             if self.folder is None and self._path is not None:
                 self._path.unlink(missing_ok=True)
         if self.folder is not None:

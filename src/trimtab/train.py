@@ -10,6 +10,7 @@ folded before the second evaluation, and both go through `trimtab.evaluate`.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
     main = trainer.is_world_process_zero()
     if main:
         begin(folder, settings)
-    with trainer.caching():
+    with closing(trainer.store) if trainer.store else nullcontext(), trainer.caching():
         with adapter.disabled():
             before = data.evaluate_base(model, show)
         parameters = count_parameters(adapter)

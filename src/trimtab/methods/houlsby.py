@@ -82,6 +82,7 @@ class Serial(nn.Module):
         size = bottleneck_size("houlsby", site, method.size, 1.0)
         self.adapter = Bottleneck(site.width, size, method.activation, method.start)
         self.drop, self.layer, self.leads = drop, site.layer, leads
+        self.draws = drop.most > 0
 
     def forward(self, output: torch.Tensor) -> torch.Tensor:
         """[batch, length, width] -> [batch, length, width]"""
