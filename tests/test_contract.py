@@ -130,7 +130,7 @@ def test_2_start(method: str, family: str) -> None:
 
 @every_pair
 def test_3_and_4_only_the_adapter_learns(method: str, family: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # under which no small adapter's ReLUs are all dead
     model = tiny(family)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     adapter = tt.attach(model, method)
