@@ -7,10 +7,11 @@ made and how they are shown; refuses to know how a side trains (speed_side.py do
     python -m benchmarks.speed --quick            few rows, one pair of runs, a page of its own
     python -m benchmarks.speed --report           only write from the results that are there
 
-Every run is a process of its own; the peers live in environments of their own, made on first use. First each side makes
+Every run is a process of its own; the peers live in environments of their own, made on first use. A run leaves one file
+with the settings it was made with, and is not made again for the same ones. First each side makes
 the same four steps on the same batches from the same start, and their losses must agree within 1e-4; then pairs of runs
 alternate, each side with its own batches, and the ratio is the median over the pairs. A control (the frozen base alone)
-runs in every environment, so that a difference between library versions shows.
+runs in both environments, so that a difference between library versions shows.
 """
 
 from __future__ import annotations
@@ -122,9 +123,18 @@ class Bench:
     def run(self, side: str, workload: Workload, name: str, *more: str) -> dict[str, Any]:
         """One process's result, from its file if it has run before."""
         file = self.folder / f"{workload.name}-{name}.json"
-        if not file.exists():
+        settings = [
+            workload.ours,
+            dict(workload.theirs),
+            workload.epochs,
+            workload.lr,
+            self.rows[rows_of(workload)].name,
+        ]
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if known.get("settings") != settings:
             unfinished = file.with_suffix(".part")
-            python = Path(sys.executable) if side in ("ours", "floor") else self.pythons[self.home(workload)]
+            here = side in ("ours", "floor") or name == "bare-ours"
+            python = Path(sys.executable) if here else self.pythons[self.home(workload)]
             command = [
                 str(python), "-m", "benchmarks.speed_side", side, workload.name, "--model", self.models[workload.model],
                 "--rows", str(self.rows[rows_of(workload)]), "--output", str(unfinished), *more,
@@ -132,8 +142,10 @@ class Bench:
             found = subprocess.run(command, cwd=ROOT, env=_quiet(), capture_output=True, text=True, check=False)
             if found.returncode:
                 raise SystemExit(f"{workload.name}, {side}: {found.stderr[-3000:]}")
-            os.replace(unfinished, file)
-        return json.loads(file.read_text())
+            known = {"settings": settings, **json.loads(unfinished.read_text())}
+            write(file, json.dumps(known))
+            unfinished.unlink()
+        return known
 
     @staticmethod
     def home(workload: Workload) -> str:
@@ -184,8 +196,8 @@ def measure(bench: Bench, workload: Workload) -> dict[str, Any]:
             one == other for one, other in zip(pairs[0][0]["answers"], pairs[0][1]["answers"], strict=True)
         )
     else:
-        theirs_bare = bench.run("base", workload, "bare-peer")
-        found["bare_peer"] = sum(theirs_bare["epochs"])
+        for place in ("peer", "ours"):
+            found[f"bare_{place}"] = sum(bench.run("base", workload, f"bare-{place}")["epochs"])
     if workload.peer == "peft":
         least = [sum(bench.run("floor", workload, f"floor-{number}")["epochs"]) for number in range(bench.size.pairs)]
         took = [sum(ours["epochs"]) for _, ours in pairs]
@@ -232,7 +244,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """One line a workload."""
     lines = header(
         "workload", "peer", "peer, s an epoch", "ours, s an epoch", "ratio (min–max)", "asked",
-        "peak memory ours / peer", "asked", "efficiency", "losses differ by",
+        "peak memory ours / peer", "asked", "efficiency", "losses differ by", "bare base, peer's / our environment",
     )  # fmt: skip
     for one in found:
         workload = BY_NAME[one["workload"]]
@@ -248,6 +260,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
                 f"{one['our_peak_mb']:.0f} / {one['peer_peak_mb']:.0f} MB = {memory:.2f}",
                 f"≤ {workload.memory:g}" if workload.memory else "–",
                 f"{one['efficiency']:.2f}" if "efficiency" in one else "–", differ,
+                f"{one['bare_peer'] / one['bare_ours']:.2f}" if "bare_ours" in one else "–",
             )
         )  # fmt: skip
     return lines

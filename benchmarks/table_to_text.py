@@ -96,8 +96,8 @@ class Texts:
 
 
 ENTRIES = (
-    Entry("full", "full", (3e-5,)),
-    Entry("prefix", "prefix[length=16]", (5e-5, 1e-4)),
+    Entry("full", "full", (3e-5, 1e-4)),
+    Entry("prefix", "prefix[length=16]", (5e-5, 1e-4, 2e-4)),
     Entry("prefix-flat", "prefix[length=16,form=flat]", (1e-2, 3e-2)),
     Entry("lora", "lora[r=8]", (5e-4, 1e-3)),
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import trimtab as tt
-from tiny import FAMILIES, inputs, output, tiny
+from tiny import FAMILIES, attached, inputs, output, tiny
 from trimtab.adapter import supported
 from trimtab.cache import cached_trunk, trunk_facts, trunk_height
 from trimtab.checkpoint import model_fingerprint
@@ -25,19 +25,9 @@ METHODS = ("lora[r=2,layers=-1:]", "llama-adapter[length=3,layers=-1:]", "prefix
 ONE_STACK = [family for family in FAMILIES if family not in ("t5", "bart", "whisper")]
 
 
-def attached(family: str, method: str) -> Any:
-    """The method on a tiny model, away from its start."""
-    adapter = tt.attach(tiny(family), method)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    adapter.model.train()
-    return adapter
-
-
 def gradients(adapter: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The model's output and the gradients of its mean square."""
+    adapter.model.train()
     for parameter in adapter.parameters():
         parameter.grad = None
     found = output(adapter.model, batch)

@@ -9,7 +9,7 @@ import torch
 from transformers import BertForMaskedLM
 
 import trimtab as tt
-from tiny import VOCABULARY, tiny
+from tiny import VOCABULARY, attached, tiny
 from trimtab import chunks
 from trimtab.objectives import Tokens
 
@@ -42,11 +42,8 @@ def learned(adapter: Any, num_items: int | None) -> tuple[torch.Tensor, list[tor
 def test_loss_and_gradients_are_those_of_all_logits(
     family: str, num_items: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = tt.attach(tiny(family), "full" if family == "bloom" else "lora[r=2]|prompt[length=3]")
+    adapter = attached(family, "full" if family == "bloom" else "lora[r=2]|prompt[length=3]")
     adapter.model.train()
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
     plain, gradients = learned(adapter, num_items)
     sizes: list[int] = []
     head = adapter.model.get_output_embeddings()

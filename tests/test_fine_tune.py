@@ -218,6 +218,35 @@ def test_a_run_that_ended_can_be_resumed_without_change(bases: dict[str, Path], 
     _same(fine_tune(first), fine_tune(dataclasses.replace(first, resume=True)))
 
 
+def test_a_cache_folder_is_given_back_and_one_without_use_is_named(
+    bases: dict[str, Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from trimtab.store import Store
+
+    first = settings(bases["encoder"], data, tmp_path / "out", epochs=1, cache=str(tmp_path / "states"))
+    upper = dataclasses.replace(first, method="lora[r=2,layers=-1:]")
+    _same(fine_tune(upper), fine_tune(dataclasses.replace(upper, overwrite=True)))
+    assert not any("the cache" in message for message in caplog.messages)
+    store = Store(0, tmp_path / "states" / "process-0")
+    assert store.folder is not None  # not locked any more
+    store.close()
+    fine_tune(dataclasses.replace(first, overwrite=True, method="lora[r=2]"))
+    assert any("stays unused: no layer lies below what lora trains" in message for message in caplog.messages)
+
+
+def test_base_and_adapter_are_searched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab import run_data
+    from trimtab.search import Search
+
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(run_data, "evaluate", lambda *args, **how: asked.append(how) or {})
+    unused: Any = None
+    found = run_data.Data("causal", unused, unused, [], [], [], Search(num_beams=3), 7)
+    found.evaluate_base(unused, False)
+    found.evaluate(unused, False)
+    assert asked[0] == asked[1] == {"max_new_tokens": 7, "search": Search(num_beams=3), "show": False}
+
+
 def test_resume_of_nothing_starts_from_the_beginning(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
     metrics = fine_tune(settings(bases["encoder"], data, tmp_path / "out", resume=True, epochs=1))
     assert metrics["train"]["epochs"] == 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaForQuestionAnswering, PreTrainedModel, TrainingArguments
 
 import trimtab as tt
 from test_contract import METHODS
@@ -135,7 +136,10 @@ def test_a_few_tokens_are_not_worth_a_second_pass() -> None:
     assert common_length(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, None) == 0
 
 
-@pytest.mark.parametrize("method", ["lora[r=2,dropout=0.1]", "adamix[size=4]", "prefix[length=3,hidden=8,dropout=0.1]"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora[r=2,dropout=0.1]", "adamix[size=4]", "houlsby[size=4,drop=2]", "prefix[length=3,hidden=8,dropout=0.1]"],
+)
 def test_what_draws_at_every_call_is_not_taken_apart(method: str) -> None:
     model = tiny("llama")
     tt.attach(model, method)
@@ -153,6 +157,29 @@ def test_other_models_get_whole_rows(family: str) -> None:
     tt.attach(model, "lora[r=2]")
     with shared_prefix(model, batch(), None) as inputs:
         assert inputs["input_ids"].shape == (5, 20)
+
+
+def test_a_later_choice_of_attention_stays() -> None:
+    model = tiny("llama")
+    tt.attach(model, "lora[r=2]")
+    model.set_attn_implementation("eager")
+    with shared_prefix(model, batch(), None) as inputs:
+        assert inputs["input_ids"].shape[1] < 20
+    assert model.config._attn_implementation == "eager"
+
+
+def test_positions_as_labels_keep_their_whole_rows(tmp_path: Path) -> None:
+    """Question answering: labels count tokens from a row's beginning."""
+    model: Any = LlamaForQuestionAnswering(tiny("llama").config)
+    adapter = tt.attach(model, "lora[r=2]")
+    asked = {**batch(), "start_positions": torch.full((5,), 15), "end_positions": torch.full((5,), 17)}
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    losses = []
+    for share in (True, False):
+        trainer: Any = tt.Trainer(model, args, adapter=adapter, share=share)
+        trainer.current_gradient_accumulation_steps = 1
+        losses.append(trainer.training_step(model, dict(asked)))
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_nothing_is_left_behind() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import trimtab as tt
-from tiny import FAMILIES, tiny
+from tiny import attached
 from trimtab.adapter import supported
 from trimtab.methods.spec import parse_method
 from trimtab.scoring import Run, answer_scores
@@ -44,21 +43,10 @@ def rows(common: int) -> tuple[list[list[int]], list[list[list[int]]]]:
     return prompts, [[torch.randint(3, 50, (size,)).tolist() for size in own] for own in sizes]
 
 
-def attached(family: str, method: str) -> Any:
-    """The method on a tiny model, away from its start."""
-    adapter = tt.attach(tiny(family), method)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapter
-
-
 @pytest.mark.parametrize("common", [0, 14])
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("method", METHODS)
 def test_answers_have_the_likelihood_of_their_rows_alone(method: str, family: str, common: int) -> None:
-    assert family in FAMILIES
     if family not in supported(parse_method(method).kinds):
         pytest.skip("does not work there")
     model = attached(family, method).model.eval()

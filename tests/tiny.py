@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import transformers as tf
 from transformers import PreTrainedModel
+
+import trimtab as tt
 
 VOCABULARY, WIDTH, LAYERS = 64, 32, 3
 PAD = 0
@@ -157,6 +160,16 @@ def _made(family: str) -> PreTrainedModel:
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A fresh tiny model of a family in eval mode; the same weights every time."""
     return copy.deepcopy(_made(family)).to(dtype)
+
+
+def attached(family: str, method: str) -> Any:
+    """An adapter on a tiny model, away from its start."""
+    adapter = tt.attach(tiny(family), method)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return adapter
 
 
 def inputs(family: str, batch: int = 3, length: int = 9, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -80,30 +80,34 @@ class AttentionSetting:
 
     def __init__(self, kv: Iterable[KVSite]):
         self.modules: list[Module] = [site.module for site in kv]
-        configs = {id(module.config): module.config for module in self.modules}
-        self.previous = [(config, config._attn_implementation) for config in configs.values()]
+        self.configs = list({id(module.config): module.config for module in self.modules}.values())
+        self.previous = self._chosen()
         self.users = 0
         self.on = self.front = False
 
     @property
     def possible(self) -> bool:
         """Whether keys and values can be added to the attention that the model had."""
-        return not any("flash" in name or "flex" in name for _, name in self.previous)
+        chosen = self.previous if self.users else self._chosen()
+        return not any("flash" in name or "flex" in name for _, name in chosen)
 
     def acquire(self) -> None:
         """Make room at every attention module; the first user creates the slots."""
         self.users += 1
         if self.users > 1:
             return
+        self.previous = self._chosen()  # it may be another one than at the last time
         if not self.possible:
             self.users = 0
             names = ", ".join(name for _, name in self.previous)
             raise UserError(
                 f"keys and values cannot be added under {names} attention; load the model with sdpa or eager"
             )
-        self.previous = [(config, config._attn_implementation) for config, _ in self.previous]  # chosen since
         for module in self.modules:
             setattr(module, _SLOT, Slot(module.config._attn_implementation))
+
+    def _chosen(self) -> list[tuple[Any, str]]:
+        return [(config, config._attn_implementation) for config in self.configs]
 
     def release(self) -> None:
         """The last user takes the slots away."""

@@ -162,19 +162,19 @@ class Trunk:
         if not given.keys() <= _ALONE or own_places or (mask is not None and mask.dim() != 2):
             return None
         if "pixel_values" in given:
-            return Frame([_digest(row) + self._moved() for row in given["pixel_values"]], 0, None)
+            return Frame([_digest(row) for row in given["pixel_values"]], 0, None)
         if "input_ids" not in given:
             return None
         ids = given["input_ids"]
         visible = torch.ones_like(ids).bool() if mask is None else mask.bool()
         before = [] if shared is None else shared.flatten().tolist()
-        types = given.get("token_type_ids")
+        types, moved = given.get("token_type_ids"), self._moved()
         keys = [
             _digest(
                 torch.tensor([*before, *row[seen].tolist()]),
                 None if types is None else types.expand_as(ids)[at][seen],
             )
-            + self._moved()
+            + moved
             for at, (row, seen) in enumerate(zip(ids.cpu(), visible.cpu(), strict=True))
         ]
         return Frame(keys, len(before), visible)

@@ -10,6 +10,7 @@ folded before the second evaluation, and both go through `trimtab.evaluate`.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,9 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
 def make_store(settings: TrainSettings, adapter: Adapter, process: int) -> Store | None:
     """Where the trunk's states are kept; None where every layer is trained. Each process has its own."""
     if not trunk_height(adapter):
+        if settings.cache is not None:
+            said = "the cache %s stays unused: no layer lies below what %s trains"
+            logging.getLogger("trimtab").warning(said, settings.cache, adapter.method.name)
         return None
     folder = None if settings.cache is None else Path(settings.cache) / f"process-{process}"
     facts = trunk_facts(adapter, model_fingerprint(adapter.model)) if folder else {}
