@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,11 @@ def test_loss_and_gradients_are_those_of_whole_rows(method: str, family: str) ->
     largest = max((one.abs().max() for one in expected), default=torch.tensor(0.0))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=float(1e-5 * largest))
+    whole = batch()
+    with torch.no_grad():
+        with shared_prefix(model, whole, align_labels(model, whole["labels"]) != IGNORED) as inputs:
+            rest = model(**inputs).loss
+        torch.testing.assert_close(rest, model(**whole).loss)
 
 
 @pytest.mark.parametrize("method", ["lora[r=2]", "prefix[length=3,hidden=8]", "prompt[length=2]"])
@@ -103,15 +109,55 @@ def test_checkpointed_layers_see_the_shared_tokens_again(method: str, family: st
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def positions_run(model: Any) -> list[tuple[int, ...]]:
+    """Grows by the shape of what the first layer is given at every call."""
+    seen: list[tuple[int, ...]] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
+    return seen
+
+
 def test_layers_run_the_shared_tokens_once() -> None:
     model = tiny("llama")
     tt.attach(model, "lora[r=2]")
-    seen: list[tuple[int, ...]] = []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[:2])))
-    whole = batch()
-    with shared_prefix(model, whole, align_labels(model, whole["labels"]) != IGNORED) as inputs:
+    seen, whole = positions_run(model), batch()
+    needed = align_labels(model, whole["labels"]) != IGNORED
+    with shared_prefix(model, whole, needed) as inputs:
         model(**inputs)
-    assert seen == [(1, SHARED), (5, 20 - SHARED)]
+    assert seen == [(1, SHARED + 5 * (20 - SHARED))]
+    with torch.no_grad(), shared_prefix(model, whole, needed) as inputs:
+        model(**inputs)
+    assert seen[1:] == [(1, SHARED), (5, 20 - SHARED)]
+
+
+@pytest.mark.parametrize("family", [family for family in CAUSAL if family != "bloom"])
+def test_virtual_tokens_are_packed_with_rows_that_share_nothing(family: str) -> None:
+    model = tiny(family)
+    adapter = shaken(model, "prompt[length=4]|lora[r=2]")
+    model.train()
+    whole = batch()
+    whole["input_ids"][1, 0] += 1
+    found = []
+    for packed in (False, True):
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        with shared_prefix(model, whole, None) if packed else nullcontext(whole) as inputs:
+            output = model(**inputs)
+            output.loss.backward()
+        assert output.logits.shape[:2] == (5, 20)
+        found.append([output.loss.detach(), *(parameter.grad for parameter in adapter.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_padded_on_the_left_are_not_packed() -> None:
+    model = tiny("llama")
+    tt.attach(model, "prompt[length=4]")
+    whole = batch()
+    whole["attention_mask"][2, :3] = 0
+    seen = positions_run(model)
+    with shared_prefix(model, whole, None) as inputs:
+        model(**inputs)
+    assert seen == [(1, 4), (5, 20)]
 
 
 def test_no_row_is_left_without_what_is_needed_of_it() -> None:

@@ -200,10 +200,11 @@ class Entry(nn.Module):
         self.handles: list[Any] = []
         whole = getattr(method, "whole_model", False)
         self.cuts = [] if whole else list(_cuts(self.sites, attachments.sites))
-        virtual = any(_is_shared(site, part) for site, part in parts.items())
+        self.virtual = any(_is_shared(site, part) for site, part in parts.items())
+        """Whether it has virtual tokens that are run once and reach the text through its attention."""
         own = [part for site, part in parts.items() if isinstance(site, KVSite)]
-        self.uses_attention = virtual or bool(own)
-        self.needs_front = virtual or any(puts_in_front(part) for one in own for part in members(one))
+        self.uses_attention = self.virtual or bool(own)
+        self.needs_front = self.virtual or any(puts_in_front(part) for one in own for part in members(one))
 
     def members(self) -> Iterator[Any]:
         """The parts of single methods at all sites."""

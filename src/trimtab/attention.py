@@ -24,12 +24,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trimtab.decoding import Piece, decode, decodes
 from trimtab.errors import UserError
 from trimtab.hooks import Switch
+from trimtab.packing import Packing
 from trimtab.positions import ShiftPositions
 from trimtab.sites import KVSite, Module
 
 NAME = "trimtab"  # names that contain "sdpa" or "flash" are treated specially by transformers
 BESIDE = {"sdpa": "trimtab_beside", "eager": "trimtab_beside_additive"}
 """What the function is called where no prefix stands in front, by the implementation that the model had."""
+PACKED = "trimtab_packed"
+"""What the function is called where the rows of a batch are packed; no mask of transformers' is made then."""
 _SLOT = "trimtab_slot"
 VIRTUAL, TEXT = 0, 1
 """The order of tokens that are run by themselves before the text: virtual ones, then what all rows begin with."""
@@ -63,6 +66,8 @@ class Slot:
         self.recorder: list[Recorded] | None = None
         self.running: int | None = None
         """The order of the tokens that are run at present; None for the text."""
+        self.packing: Packing | None = None
+        """How the rows of the present batch are packed; None where they are not."""
 
     def active(self, what: str) -> Iterator[Source]:
         """The switched-on sources that have a method of this name."""
@@ -148,6 +153,22 @@ class AttentionSetting:
             self.set(*before)
             self.release()
 
+    @contextmanager
+    def packing(self, packing: Packing) -> Iterator[None]:
+        """Inside, attention is that of packed rows."""
+        with self.fronting():
+            try:
+                self._pack(packing)
+                for config, _ in self.previous:
+                    config._attn_implementation = PACKED
+                yield
+            finally:
+                self._pack(None)
+
+    def _pack(self, packing: Packing | None) -> None:
+        for module in self.modules:
+            slot_of(module).packing = packing
+
     def set(self, on: bool, front: bool = True) -> None:
         """Use the registered function, with room for a prefix in `front` or without, or use what the model had."""
         self.on, self.front = on, front
@@ -164,7 +185,7 @@ class RefuseOtherAttention:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for config, _ in self.setting.previous:
-            if self.setting.on and config._attn_implementation not in (NAME, *BESIDE.values()):
+            if self.setting.on and config._attn_implementation not in (NAME, PACKED, *BESIDE.values()):
                 raise UserError(
                     f"the attention was set to {config._attn_implementation!r} after an adapter was attached that acts "
                     "through it; choose the attention first, then attach"
@@ -180,6 +201,12 @@ class KVHandle:
     def remove(self) -> None:
         """Remove the source from its slot."""
         slot_of(self.module).sources.remove(self.source)
+
+
+def packing_at(site: KVSite) -> Packing | None:
+    """How the rows that this attention is given are packed at present; None where they are not."""
+    slot: Slot | None = getattr(site.module, _SLOT, None)
+    return None if slot is None else slot.packing
 
 
 def slot_of(module: nn.Module) -> Slot:
@@ -251,14 +278,11 @@ def attention(
     slot = slot_of(module)
     if slot.recorder is not None:
         slot.recorder.append((key, value))
-    pieces = [(key, value)]
-    for source in slot.active("prefix"):
-        if not source.before(slot.running):
-            continue
-        k, v = (tensor.to(key) if tensor.dim() == 4 else tensor.to(key)[None] for tensor in source.part.prefix())
-        attention_mask = _extend(attention_mask, _visible(source, query, k.shape[-2], kwargs), k.shape[-2])
-        pieces.insert(0, (k, v))
-    context, weights = _attend(slot, module, query, pieces, attention_mask, kwargs)
+    if slot.packing is None:
+        sources = [source for source in slot.active("prefix") if source.before(slot.running)]
+        context, weights = _behind(sources, slot, module, query, key, value, attention_mask, kwargs)
+    else:
+        context, weights = _packed(slot.packing, slot, module, query, key, value, kwargs), None
     for source in slot.active("context"):
         context = context + source.part.context(query, kwargs.get("scaling"))
     return context, weights
@@ -269,9 +293,50 @@ def puts_in_front(part: Any) -> bool:
     return hasattr(part, "prefix")
 
 
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """None: packed rows know their masks (packing.py)."""
+
+
 def full_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The boolean mask [B, 1, n, m], never skipped, so that a None that is left means bidirectional."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+def _behind(
+    sources: Sequence[Source],
+    slot: Slot,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, Any]:
+    """The attention over the text's keys behind those of the sources."""
+    pieces = [(key, value)]
+    for source in sources:
+        k, v = (tensor.to(key) if tensor.dim() == 4 else tensor.to(key)[None] for tensor in source.part.prefix())
+        mask = _extend(mask, _visible(source, query, k.shape[-2], kwargs), k.shape[-2])
+        pieces.insert(0, (k, v))
+    return _attend(slot, module, query, pieces, mask, kwargs)
+
+
+def _packed(
+    packing: Packing,
+    slot: Slot,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """The attention of packed rows; tokens that are run before the text are among them, prefixes in front of them."""
+    sources = [source for source in slot.active("prefix") if source.order is None]
+
+    def over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return _behind(sources, slot, module, q, k, v, mask, kwargs)[0]
+
+    return packing.attend(over, query, key, value, kwargs.get("sliding_window"))
 
 
 def _attend(
@@ -348,6 +413,8 @@ def _extend(mask: torch.Tensor | None, visible: torch.Tensor | None, length: int
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, full_mask)
+AttentionInterface.register(PACKED, attention)
+AttentionMaskInterface.register(PACKED, no_mask)
 _MASKS: dict[str, Any] = {"sdpa": sdpa_mask, "eager": eager_mask}
 for _previous, _name in BESIDE.items():
     AttentionInterface.register(_name, attention)

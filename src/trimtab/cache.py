@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
+from trimtab.attention import packing_at
 from trimtab.hooks import named_arguments
+from trimtab.packing import Packing
 from trimtab.sites import EmbedsSite, HeadSite, Module
 from trimtab.store import Store
 
@@ -93,11 +95,16 @@ def cached_trunk(adapter: Adapter, store: Store) -> Iterator[None]:
         store.commit()
 
 
+Place = tuple[str, int]
+"""A row's key, and how many tokens stand in front of what is kept of it."""
+
+
 class Frame:
     """One forward of the stack: its rows, and whether they are replayed."""
 
-    def __init__(self, keys: list[str], start: int, mask: Tensor | None):
-        self.keys, self.start, self.mask = keys, start, mask
+    def __init__(self, places: list[Place], sizes: list[int], mask: Tensor | None):
+        self.places, self.sizes, self.mask = places, sizes, mask
+        """Each row's place and number of states, which stand one row after the other where `mask` is true."""
         self.known: list[Tensor] | None = None
 
     def padded(self, like: Tensor) -> Tensor:
@@ -107,6 +114,11 @@ class Frame:
         if self.mask is None:
             return states.view(like.shape)
         return torch.zeros_like(like).masked_scatter_(self.mask[..., None], states)
+
+    def rows(self, states: Tensor) -> Iterator[tuple[Place, Tensor]]:
+        """Each row's place and own states [n, width], out of [B, n, width]."""
+        own = states.flatten(0, 1) if self.mask is None else states[self.mask]
+        yield from zip(self.places, own.split(self.sizes or own.shape[0] // len(self.places)), strict=True)
 
 
 class Trunk:
@@ -127,7 +139,7 @@ class Trunk:
         """Note the rows of a forward of the stack, and look them up."""
         frame = self._frame(named_arguments(body, args, kwargs))
         if frame is not None and self.tuples is not None and self._skipped():
-            known = [self.store.get(key, frame.start) for key in frame.keys]
+            known = [self.store.get(*place) for place in frame.places]
             frame.known = None if any(one is None for one in known) else known  # type: ignore[assignment]
         self.frames.append(frame)
 
@@ -147,13 +159,15 @@ class Trunk:
         frame = self.frame
         if frame is None:
             return
-        for row, key in enumerate(frame.keys):
-            own = states[row] if frame.mask is None else states[row][frame.mask[row]]
-            self.store.put(key, frame.start, own)
+        for place, own in frame.rows(states):
+            self.store.put(*place, own)
 
     def _frame(self, given: dict[str, Any]) -> Frame | None:
         if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in (None, self.name):
             return None
+        packing = packing_at(self.site.attentions[0]) if self.site.attentions else None
+        if packing is not None:
+            return self._packed(packing)
         given = {name: value for name, value in given.items() if value is not None and name not in _HARMLESS}
         inner = any(switch.inner for switch in self.attachments.switches)
         shared: Tensor | None = None if inner else self.attachments.shared
@@ -162,22 +176,39 @@ class Trunk:
         if not given.keys() <= _ALONE or own_places or (mask is not None and mask.dim() != 2):
             return None
         if "pixel_values" in given:
-            return Frame([_digest(row) for row in given["pixel_values"]], 0, None)
+            return Frame([(_digest(row), 0) for row in given["pixel_values"]], [], None)
         if "input_ids" not in given:
             return None
         ids = given["input_ids"]
         visible = torch.ones_like(ids).bool() if mask is None else mask.bool()
         before = [] if shared is None else shared.flatten().tolist()
-        types, moved = given.get("token_type_ids"), self._moved()
-        keys = [
-            _digest(
-                torch.tensor([*before, *row[seen].tolist()]),
-                None if types is None else types.expand_as(ids)[at][seen],
+        return Frame(self._places(before, ids, visible, given.get("token_type_ids")), visible.sum(1).tolist(), visible)
+
+    def _packed(self, packing: Packing) -> Frame:
+        """What all rows begin with, and then the rows, in one long row."""
+        shared = packing.shared.flatten().tolist()
+        places = self._places(shared, packing.ids, packing.visible, None)
+        sizes, mask = packing.visible.sum(1).tolist(), packing.visible.reshape(1, -1)
+        if shared:
+            seen = torch.ones_like(packing.shared).bool()
+            places = self._places([], packing.shared, seen, None) + places
+            sizes, mask = [len(shared), *sizes], torch.cat([seen.to(mask.device), mask], dim=1)
+        return Frame(places, sizes, mask)
+
+    def _places(self, before: list[int], ids: Tensor, visible: Tensor, types: Tensor | None) -> list[Place]:
+        """The rows' places: digests of the tokens [B, n] that are visible, behind those before them."""
+        moved = self._moved()
+        return [
+            (
+                _digest(
+                    torch.tensor([*before, *row[seen].tolist()]),
+                    None if types is None else types.expand_as(ids)[at][seen],
+                )
+                + moved,
+                len(before),
             )
-            + moved
             for at, (row, seen) in enumerate(zip(ids.cpu(), visible.cpu(), strict=True))
         ]
-        return Frame(keys, len(before), visible)
 
     def _moved(self) -> str:
         """How far the acting adapter moves the positions of the text, which its rows' states depend on."""

@@ -2,9 +2,10 @@
 inputs; refuses to know methods, tasks and training loops.
 
 A chat template or an instruction in front of every row makes the same keys and values in every row, because a causal
-model's tokens never see what follows them. So the longest common beginning [1, s] runs by itself, through the base and
+model's tokens never see what follows them. So the longest common beginning [1, s] runs once, through the base and
 whatever acts on it, and the rest [B, n - s] attends to its keys and values: the same logits, loss and gradients at a
-B-th of its cost, in forward and backward.
+B-th of its cost, in forward and backward. While training it runs in one pass with the rows and with virtual tokens
+(packing.py); without gradients by itself, because what it leaves is kept for all batches of an evaluation.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from transformers import PreTrainedModel
 from trimtab.adapter import Attachments
 from trimtab.attention import TEXT, Recorded, install_kv, recording
 from trimtab.hooks import Switch
+from trimtab.packing import Packing
 from trimtab.sites import EmbedsSite, Module
 from trimtab.virtual import RecordedPrefix, without_checkpointing
 
+_PACKED = ("input_ids", "attention_mask", "labels")
+"""Inputs that packed rows may come with."""
 LEAST = 32
 """Tokens that sharing must save: a second pass through the layers costs about as much as so many."""
 
@@ -38,10 +42,14 @@ def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
     """
     site = _site(model)
     length = 0 if site is None else common_length(model, inputs, needed)
+    attachments: Any = getattr(model, "trimtab", None)
+    if site is not None and torch.is_grad_enabled() and _packs(model, inputs, length):
+        with _packed(site, attachments, inputs, length) as rest:
+            yield rest
+        return
     if site is None or not length:
         yield inputs
         return
-    attachments: Any = model.trimtab
     switch = Switch()
     shared = SharedText(site, inputs["input_ids"][:1, :length], attachments.switches)
     with attachments.attention.fronting():
@@ -55,6 +63,36 @@ def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
             attachments.shared = None
             for handle in handles:
                 handle.remove()
+
+
+def _packs(model: PreTrainedModel, inputs: dict[str, Any], length: int) -> bool:
+    """Whether something stands in front of all rows of a batch that is packed as it should be: padded on the right."""
+    attachments: Any = model.trimtab
+    config, mask = model.config, inputs.get("attention_mask")
+    virtual = attachments.active is not None and attachments.entries[attachments.active].virtual
+    others = [name for name, value in inputs.items() if isinstance(value, Tensor) and name not in _PACKED]
+    if not (length or virtual) or others or draws(model) or config.output_hidden_states or config.output_attentions:
+        return False
+    return mask is None or (mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()))
+
+
+@contextmanager
+def _packed(site: EmbedsSite, attachments: Any, inputs: dict[str, Any], length: int) -> Iterator[dict[str, Any]]:
+    rest = _rest(inputs, length)
+    ids, mask = rest["input_ids"], rest.get("attention_mask")
+    packing = Packing(
+        inputs["input_ids"][:1, :length], ids, torch.ones_like(ids).bool() if mask is None else mask.bool()
+    )
+    handles: list[Any] = [
+        site.body.register_forward_pre_hook(packing.pack, with_kwargs=True, prepend=True),
+        site.body.register_forward_hook(packing.unpack),
+    ]
+    try:
+        with attachments.attention.packing(packing):
+            yield rest
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def common_length(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor | None) -> int:

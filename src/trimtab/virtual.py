@@ -3,7 +3,8 @@
 Three ways to the front, chosen by the family (arch.Stack.insert):
 
 - shared: in a causal model the virtual tokens do not depend on the text, so they are run through the base once a
-  forward, and every row attends to their keys and values. Same result as concatenation, at 1/batch of its cost.
+  forward, and every row attends to their keys and values. Same result as concatenation, at 1/batch of its cost. Where
+  the rows are packed (packing.py) they are the beginning of the one row.
 - tokens: their embeddings are put in front of the text's and cut off again after the last layer (bidirectional models,
   and causal ones outside the attention interface); a decoder that reads an encoder attends to them. A part with
   `behind` = n has them stand behind the text's first n tokens.
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from trimtab.attention import VIRTUAL, Recorded, install_kv, recording
+from trimtab.attention import VIRTUAL, Recorded, install_kv, packing_at, recording
 from trimtab.errors import UserError
 from trimtab.hooks import Switch, named_arguments
 from trimtab.positions import padded_positions, positions, seen
@@ -135,6 +136,9 @@ class SharedTokens:
         if not self.switch.on or self.running:
             return None
         kwargs = named_arguments(body, args, kwargs)
+        packing = packing_at(self.site.attentions[0])
+        if packing is not None:
+            return (), packing.join(self.part(), kwargs, self.site.embedding, self.site.positions == "learned")
         past = kwargs.get("past_key_values")
         if not (self.switch.inner or self._continues(past)):
             self.record = self.switch.once(self, lambda: self._run(body))
