@@ -56,7 +56,7 @@ class Size:
     pairs: int
 
 
-FULL, QUICK = Size(64, 200, 3), Size(32, 48, 1)
+FULL, QUICK = Size(64, 500, 3), Size(32, 48, 1)
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------
@@ -199,7 +199,9 @@ def measure(bench: Bench, workload: Workload) -> dict[str, Any]:
         for place in ("peer", "ours"):
             found[f"bare_{place}"] = sum(bench.run("base", workload, f"bare-{place}")["epochs"])
     if workload.peer == "peft":
-        least = [sum(bench.run("floor", workload, f"floor-{number}")["epochs"]) for number in range(bench.size.pairs)]
+        floors = [bench.run("floor", workload, f"floor-{number}") for number in range(bench.size.pairs)]
+        least = [sum(one["epochs"]) for one in floors]
+        found["operations"] = floors[0]["operations"] / workload.epochs
         took = [sum(ours["epochs"]) for _, ours in pairs]
         found["efficiency"] = statistics.median(a / b for a, b in zip(least, took, strict=True))
     return found
@@ -244,7 +246,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """One line a workload."""
     lines = header(
         "workload", "peer", "peer, s an epoch", "ours, s an epoch", "ratio (min–max)", "asked",
-        "peak memory ours / peer", "asked", "efficiency", "losses differ by", "bare base, peer's / our environment",
+        "peak memory ours / peer", "asked", "least GFLOP an epoch", "efficiency", "losses differ by", "bare base, peer's / our environment",
     )  # fmt: skip
     for one in found:
         workload = BY_NAME[one["workload"]]
@@ -259,6 +261,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
                 f"{one['ratio']:.2f} ({min(one['ratios']):.2f}–{max(one['ratios']):.2f})", f"≥ {workload.ratio:g}",
                 f"{one['our_peak_mb']:.0f} / {one['peer_peak_mb']:.0f} MB = {memory:.2f}",
                 f"≤ {workload.memory:g}" if workload.memory else "–",
+                f"{one['operations'] / 1e9:,.0f}" if "operations" in one else "–",
                 f"{one['efficiency']:.2f}" if "efficiency" in one else "–", differ,
                 f"{one['bare_peer'] / one['bare_ours']:.2f}" if "bare_ours" in one else "–",
             )

@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib.metadata
 import json
+import math
 import re
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed_rows import BATCH, BY_NAME, CHECKED, Workload
 
@@ -225,13 +227,17 @@ def _dataset(rows: Rows) -> Any:
 
 @torch.no_grad()
 def peer_evaluating(workload: Workload, folder: str, rows: Rows) -> dict[str, Any]:
-    """As peft's guide does, by generating the answer; or by the logits of the last position of whole rows."""
+    """As peft's guide does, by generating the answer; or by the logits of the last position of whole rows.
+
+    Batches are of rows of like length.
+    """
     model = peft_model(workload, folder).eval()
+    order = sorted(range(len(rows)), key=lambda at: rows[at]["prompt_length"])
     answers: list[int] = []
     reset_peak()
     begun = time.perf_counter()
-    for at in range(0, len(rows), BATCH):
-        batch = rows[at : at + BATCH]
+    for start in range(0, len(rows), BATCH):
+        batch = [rows[at] for at in order[start : start + BATCH]]
         prompts = [row["input_ids"][: row["prompt_length"]] for row in batch]
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -246,7 +252,9 @@ def peer_evaluating(workload: Workload, folder: str, rows: Rows) -> dict[str, An
         else:
             logits = model(input_ids=ids, attention_mask=mask).logits[:, -1]
             answers += [int(logits[n, [word[0] for word in row["words"]]].argmax()) for n, row in enumerate(batch)]
-    return {"epochs": [time.perf_counter() - begun], "peak_mb": peak_mb(), "answers": answers, "losses": []}
+    seconds, peak = time.perf_counter() - begun, peak_mb()
+    answered = [answer for _, answer in sorted(zip(order, answers, strict=True))]
+    return {"epochs": [seconds], "peak_mb": peak, "answers": answered, "losses": []}
 
 
 # -- controls -----------------------------------------------------------------------------------------------------
@@ -266,24 +274,32 @@ def bare(workload: Workload, folder: str, rows: Rows) -> dict[str, Any]:
 def floor(workload: Workload, folder: str, rows: Rows) -> dict[str, Any]:
     """The bare base, forward and backward, over the tokens and layers that the workload needs, epoch by epoch.
 
-    Tokens that a batch shares run once, virtual ones with them; layers below the lowest trained one run in the first
-    epoch only, forward; the vocabulary is projected where a label is.
+    Tokens that a batch shares count once, virtual ones too, and all of a batch run in one block; layers below the
+    lowest trained one run in the first epoch only, forward; the vocabulary is projected where a label is. Also counts
+    the operations.
     """
     model = base(workload, folder)
     model.requires_grad_(False)
-    layers = list(model.model.layers)
-    height = _height(workload, len(layers))
-    virtual = int(workload.theirs.get("num_virtual_tokens", 0)) if "prefix" not in workload.name else 0
-    seconds = []
+    seconds, operations = [], 0
     for epoch in range(workload.epochs):
         begun = time.perf_counter()
-        for batch, shared, labelled in _needed(rows):
-            blocks = [(1, shared + virtual), (len(batch), max(len(row["input_ids"]) for row in batch) - shared)]
-            for count, length in blocks:
-                if count * length:
-                    _block(model, layers, height, epoch == 0, count, length, labelled if count > 1 else 0)
+        _floor_epoch(model, workload, rows, epoch == 0)
         seconds.append(time.perf_counter() - begun)
-    return {"epochs": seconds, "losses": [], "peak_mb": peak_mb()}
+    for fill, times in ((True, 1), (False, workload.epochs - 1)):
+        with FlopCounterMode(display=False) as counter:
+            if times:
+                _floor_epoch(model, workload, rows, fill)
+        operations += times * counter.get_total_flops()
+    return {"epochs": seconds, "losses": [], "peak_mb": peak_mb(), "operations": operations}
+
+
+def _floor_epoch(model: Any, workload: Workload, rows: Rows, fill: bool) -> None:
+    layers = list(model.model.layers)
+    virtual = int(workload.theirs.get("num_virtual_tokens", 0)) if "prefix" not in workload.name else 0
+    for batch, shared, labelled in _needed(rows):
+        length = max(len(row["input_ids"]) for row in batch) - shared
+        count = len(batch) + math.ceil((shared + virtual) / length)  # the front as further rows
+        _block(model, layers, _height(workload, len(layers)), fill, count, length, labelled)
 
 
 def _height(workload: Workload, layers: int) -> int:
