@@ -1,9 +1,9 @@
-"""Layers like the base's with widths divided by a factor, and their start from the base's weights. Knows configurations,
-layer classes and projections; refuses to know methods.
+"""Layers like the base's with widths divided by a factor, and their start from the base's weights. Knows
+configurations, layer classes and projections; refuses to know methods.
 
-A narrow layer is made by the base layer's own class from a configuration with smaller widths. Residual stream, heads and
-the feed-forward's inside are narrower, the number of heads stays: masks, ALiBi and relative position biases, which have
-a value for each head, fit as they are, and of rotary positions every so-many-th frequency.
+A narrow layer is made by the base layer's own class from a configuration with smaller widths. Residual stream, heads
+and the feed-forward's inside are narrower, the number of heads stays: masks, ALiBi and relative position biases, which
+have a value for each head, fit as they are, and of rotary positions every so-many-th frequency.
 
 Structured pruning keeps whole units of the base's weights, those of largest magnitude: W'[i, j] = W[rows_i, columns_j]
 with one choice for the residual stream in all layers of a stack.
@@ -82,10 +82,12 @@ def narrow_config(config: Any, reduction: int) -> Any:
 def narrow_layer(site: StatesSite, at: int, config: Any) -> nn.Module:
     """A layer like the stack's at `at`, made from a (narrow) configuration: random, trained, without dropout."""
     base = site.layers[at]
-    options: dict[str, Any] = {}
-    for name in list(inspect.signature(type(base).__init__).parameters)[2:]:
-        known = [getattr(module, name) for module in base.modules() if hasattr(module, name)]
-        options |= {"layer_idx": at} if name == "layer_idx" else {name: value for value in known[:1]}
+    options: dict[str, Any] = {"layer_idx": at}
+    asked = list(inspect.signature(type(base).__init__).parameters)[2:]  # behind self and config
+    for name in asked:
+        known = (getattr(module, name) for module in base.modules() if hasattr(module, name))
+        options.setdefault(name, next(known, None))
+    options = {name: value for name, value in options.items() if name in asked and value is not None}
     layer = type(base)(config, **options)
     for module, name, _ in dropouts(layer):
         setattr(module, name, 0.0)
@@ -94,6 +96,7 @@ def narrow_layer(site: StatesSite, at: int, config: Any) -> nn.Module:
 
 def put_at(layer: nn.Module, index: int) -> None:
     """Have a layer keep its keys and values in a cache's layer of this index."""
+    module: Module
     for module in layer.modules():
         if getattr(module, "layer_idx", None) is not None:
             module.layer_idx = index
@@ -176,7 +179,7 @@ class Units:
         return torch.cat([rotated, others]).expand(attention.kv_heads, -1), _largest(carried, width)
 
     def _shared_heads(self, at: int, sources: Sequence[LinearSite]) -> Tensor:
-        """The kept dimensions [narrow head_dim] of queries and keys in the first head: norms of theirs have no other."""
+        """The kept dimensions [narrow head_dim] of the first head's queries, which norms of queries and keys share."""
         attention = next(found for found in self.site.attentions if found.layer == at and not found.cross)
         return self._heads(attention, {site.role: site for site in sources if not site.cross})[0][0]
 

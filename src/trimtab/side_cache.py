@@ -21,14 +21,19 @@ def make_room(cache: Cache, own: int, beside: Sequence[int]) -> None:
 
     Raises UserError for a cache that was filled by the base without the side network.
     """
-    pair = isinstance(cache, EncoderDecoderCache)
-    for one in (cache.self_attention_cache, cache.cross_attention_cache) if pair else (cache,):
+    for one in _parts(cache):
         _extend(one, own, beside)
     known = cache.get_seq_length()
     if beside and int(known) != int(cache.get_seq_length(own)):
         raise UserError(
             "these keys and values were cached without the adapter that acts now; begin with an empty cache"
         )
+
+
+def _parts(cache: Cache) -> tuple[Cache, ...]:
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return (cache,)
 
 
 def _extend(cache: Cache, own: int, beside: Sequence[int]) -> None:

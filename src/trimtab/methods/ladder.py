@@ -4,11 +4,11 @@ Learning, arXiv:2206.06522.
     h ← Down₀ x,     for each kept layer l:   h ← B_l(μ_l h + (1 − μ_l) Down_l b_l),     μ_l = σ(α_l / T)
     out = Up LN(h),     Down [width / r, width],  Up [width, width / r],  both with a bias,  α_l = 0 at the start
 
-x [batch, length, width] is what the first layer reads, b_l the output of layer l, before the final norm. The side blocks
-B_l are layers of the base's own kind with r times narrower stream, heads and feed-forward. The output takes the place of
-what the final norm gives, in front of the frozen vocabulary projection or of the task head. In encoder-decoders a side
-decoder attends to what a side encoder gives, LN(h). The base runs without gradients: nothing is propagated back through
-it, and nothing of it is kept but the states b_l that the ladder reads.
+x [batch, length, width] is what the first layer reads, b_l the output of layer l, before the final norm. The side
+blocks B_l are layers of the base's own kind with r times narrower stream, heads and feed-forward. The output takes the
+place of what the final norm gives, in front of the frozen vocabulary projection or of the task head. In
+encoder-decoders a side decoder attends to what a side encoder gives, LN(h). The base runs without gradients: nothing is
+propagated back through it, and nothing of it is kept but the states b_l that the ladder reads.
 
 The blocks start from structured pruning of the layers beside them (by magnitude), or at random; Down and Up as torch
 starts them. Trained parameters, K kept layers: Σ those of the blocks + (K + 1) · Down + K gates + LN + Up.
@@ -16,7 +16,7 @@ starts them. Trained parameters, K kept layers: Σ those of the blocks + (K + 1)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -62,7 +62,7 @@ class Ladder:
             raise UserError(f"ladder: temperature={self.temperature} must be above 0")
 
     def build(self, sites: Sites, context: Context) -> Parts:
-        """A side network a stack. Raises UserError for a reduction that does not divide, and for layers out of range."""
+        """A side network a stack. Raises UserError for a reduction that does not divide and for layers out of range."""
         chosen = {site: self.chosen(site) for site in sites.states}
         for site in sites.states:
             check_reduction("ladder", site, self.reduction)
@@ -70,7 +70,7 @@ class Ladder:
         return {site: LadderNetwork(site, self, chosen[site], units.get(site)) for site in sites.states}
 
     def parameter_count(self, sites: Sites) -> int:
-        """Σ blocks + (K + 1) · (width + 1) · width / r + K + LN + Up, of each stack; an encoder that is read has no Up."""
+        """Σ blocks + (K + 1) · (width + 1) · width / r + K + LN + Up a stack; an encoder that is read has no Up."""
         return sum(self._count(site) for site in sites.states)
 
     def _count(self, site: StatesSite) -> int:
@@ -78,6 +78,10 @@ class Ladder:
         blocks = sum(narrow_count(site, at, self.reduction) for at in layers)
         ladder = (len(layers) + 1) * (site.width + 1) * narrow + len(layers) + 2 * narrow
         return blocks + ladder + (0 if site.reader is not None else (narrow + 1) * site.width)
+
+    def for_loading(self) -> Ladder:
+        """The same shapes without the base's weights to start from: their values come from the file."""
+        return replace(self, start="random")
 
     def chosen(self, site: StatesSite) -> list[int]:
         """The stack's layers that have a side block. Raises UserError where none is left."""
