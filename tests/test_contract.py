@@ -35,6 +35,7 @@ METHODS = {
     "llama-adapter": "llama-adapter[length=4]",
     "llama-adapter-v2": "llama-adapter-v2[length=4]",
     "autoprompt": "autoprompt[length=4,ids=5,9,11,3]",
+    "ladder": "ladder[reduction=2]",
 }
 """Strings to test a method with where its defaults are too large for a tiny model."""
 ALWAYS = ("prompt", "lora", "houlsby", "prefix")

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trimtab.arch import FAMILIES, supports
 from trimtab.attention import AttentionSetting, RefuseOtherAttention, install_kv, puts_in_front
 from trimtab.contract import Context, Method, Parts, folded, members
-from trimtab.copies import ModuleCopy
+from trimtab.copies import ModuleCopy, dropouts
 from trimtab.errors import UserError
 from trimtab.hooks import (
     DetachInput,
@@ -39,7 +39,18 @@ from trimtab.methods import METHODS
 from trimtab.methods.spec import parse_method
 from trimtab.positions import PositionsFromMask, takes_positions
 from trimtab.real_text import keys_and_values
-from trimtab.sites import ActivationSite, EmbedsSite, HeadSite, KVSite, LinearSite, NormSite, Site, Sites
+from trimtab.sites import (
+    ActivationSite,
+    EmbedsSite,
+    HeadSite,
+    KVSite,
+    LinearSite,
+    NormSite,
+    Site,
+    Sites,
+    StatesSite,
+)
+from trimtab.states import install_states
 from trimtab.virtual import install_embeds, stands_in_front
 
 INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
@@ -48,6 +59,7 @@ INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
     NormSite: install_norm,
     KVSite: install_kv,
     EmbedsSite: install_embeds,
+    StatesSite: install_states,
     HeadSite: install_head,
 }
 
@@ -94,6 +106,11 @@ class Adapter:
         parts: list[Any] = [part for part in self._entry.members() if hasattr(part, "lr_scales")]
         scales = [(part.get_parameter(name), factor) for part in parts for name, factor in part.lr_scales().items()]
         return {weight: factor for weight, factor in scales if factor != 1.0}
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """The trained tensors that weight decay has to leave alone, besides biases and norms."""
+        parts: list[Any] = list(self._entry.members())
+        return [part.get_parameter(name) for part in parts for name in getattr(part, "undecayed", ())]
 
     def searching(self) -> list[Any]:
         """The parts that improve by search instead of by an optimizer; a loop calls `search` on each (contract.py)."""
@@ -255,7 +272,7 @@ class Attachments(nn.Module):
         self.replaying = False
         """Whether a trunk cache stands in for the lower layers at present (cache.py)."""
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.dropouts = list(_dropouts(model))
+        self.dropouts = list(dropouts(model))
         first_layers = [layers[0] for layers in self.sites.layer_modules.values()]
         self.handles: list[Any] = [model.register_forward_pre_hook(RefuseReentrant(first_layers))]
         self.handles.append(model.register_forward_pre_hook(RefuseOtherAttention(self.attention)))
@@ -437,7 +454,7 @@ def _attachments(model: PreTrainedModel) -> Attachments:
 
 def _placed(site: Site, part: nn.Module) -> nn.Module:
     """The part on its site's device, in the base's precision but at least float32."""
-    module = site.body if isinstance(site, EmbedsSite) else site.module
+    module = site.body if isinstance(site, EmbedsSite | StatesSite) else site.module
     reference = next(module.parameters())
     precision = torch.promote_types(reference.dtype, torch.float32) if reference.is_floating_point() else torch.float32
     return part.to(device=reference.device, dtype=precision)
@@ -464,6 +481,8 @@ def _cuts(claimed: Sequence[Site], sites: Sites) -> Iterator[tuple[nn.Module, bo
     """
     for stack, layers in sites.layer_modules.items():
         trained = [site.layer for site in claimed if site.stack == stack and not isinstance(site, HeadSite)]
+        if any(isinstance(site, StatesSite) and site.stack == stack for site in claimed):
+            continue  # whose layers run without gradients
         if trained and min(trained) < 0:
             continue
         yield layers[0], False
@@ -502,15 +521,6 @@ def _own_configs(model: PreTrainedModel) -> None:
         for name, value in vars(module).items():
             if isinstance(value, PreTrainedConfig):
                 setattr(module, name, copy.deepcopy(value, memo))
-
-
-def _dropouts(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, float]]:
-    """Every dropout and layer-drop probability of the base: modules' `p` and float attributes (functional dropout)."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            names_dropout = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
-            if names_dropout and isinstance(value, float):
-                yield module, name, value
 
 
 def _position_hooks(sites: Sites, switches: list[Switch]) -> Iterator[Any]:

@@ -56,6 +56,8 @@ class Stack:
     """Branch (attention, cross, feedforward) -> where it starts and ends inside a layer; `a|b` names alternatives."""
     final_norm: str | None = None
     """Path of the norm behind the last layer, from the family's root; norms outside layers stand in front otherwise."""
+    pooled_norm: bool = False
+    """Whether that norm sees the pooled output alone and not the whole stream (CLIP)."""
     name: str = ""
     """Empty for the only stack of a model, else "encoder" or "decoder"."""
     body: str = ""
@@ -393,6 +395,7 @@ def _families() -> Iterator[Family]:
     vit = _vision("layers", "attention", "o_proj", "layernorm_before layernorm_after", "layernorm")
     dino = _vision("encoder.layer", "attention", "o_proj", "norm1 norm2", "layernorm", "layer_scale1 layer_scale2")
     clip = _vision("encoder.layers", "self_attn", "out_proj", "layer_norm1 layer_norm2", "post_layernorm")
+    clip = replace(clip, pooled_norm=True)
     yield Family("vit", (vit,))
     yield Family("dinov2", (dino,))
     yield Family("clip", (clip,), roots=("vision_model", ""))
@@ -414,8 +417,8 @@ def supports(kinds: frozenset[str], family: Family) -> bool:
     return kinds <= family.kinds
 
 
-def select_layers(spec: str | None, count: int) -> list[int]:
-    """Layer numbers that `spec` names out of `count`: None (all), "3", "-10:", "0:4", "0,2,-1".
+def select_layers(spec: str | None, count: int, field: str = "layers") -> list[int]:
+    """Layer numbers that `spec` names out of `count`: None (all), "3", "-10:", "0:4", "0,2,-1"; `field` is its name.
 
     Raises UserError for a layer that does not exist and for a selection that names none.
     """
@@ -423,24 +426,24 @@ def select_layers(spec: str | None, count: int) -> list[int]:
         return list(range(count))
     chosen: set[int] = set()
     for piece in str(spec).split(","):
-        chosen.update(_piece(piece.strip(), spec, count))
+        chosen.update(_piece(piece.strip(), spec, count, field))
     if not chosen:
-        raise UserError(f"layers={spec!r} names no layer; this model has layers 0 to {count - 1}")
+        raise UserError(f"{field}={spec!r} names no layer; this model has layers 0 to {count - 1}")
     return sorted(chosen)
 
 
-def _piece(piece: str, spec: str, count: int) -> range | list[int]:
+def _piece(piece: str, spec: str, count: int, name: str) -> range | list[int]:
     start, colon, stop = piece.partition(":")
     try:
         low = int(start) if start else None
         high = int(stop) if stop else None
     except ValueError:
-        raise UserError(f"layers={spec!r} is no layer selection; write for example 3, -10:, 0:4 or 0,2,5") from None
+        raise UserError(f"{name}={spec!r} is no layer selection; write for example 3, -10:, 0:4 or 0,2,5") from None
     for number in (low, high):
         if number is not None and not -count <= number <= count - (0 if colon else 1):
-            raise UserError(f"layers={spec!r} is out of range; this model has layers 0 to {count - 1}")
+            raise UserError(f"{name}={spec!r} is out of range; this model has layers 0 to {count - 1}")
     if colon:
         return range(count)[low:high]
     if low is None:
-        raise UserError(f"layers={spec!r} is no layer selection; write for example 3, -10:, 0:4 or 0,2,5")
+        raise UserError(f"{name}={spec!r} is no layer selection; write for example 3, -10:, 0:4 or 0,2,5")
     return [low % count]

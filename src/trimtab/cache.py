@@ -45,6 +45,8 @@ def trunk_height(adapter: Adapter) -> int:
     stacks = attachments.sites.layer_modules
     if getattr(entry.method, "whole_model", False) or len(stacks) != 1 or len(attachments.sites.embeds) != 1:
         return 0
+    if any(getattr(part, "whole", False) for part in entry.members()):
+        return 0
     (layers,) = stacks.values()
     claimed = [site.layer for site in entry.sites if not isinstance(site, HeadSite)]
     return max(0, min([*claimed, len(layers)]))

@@ -1,9 +1,12 @@
-"""A module of an adapter's own: a trained copy of a head or a norm of the base. Knows nothing of tasks or labels."""
+"""A module of an adapter's own: a trained copy of a head or a norm of the base, and dropout switched off. Knows nothing
+of tasks or labels.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +23,15 @@ def plain_copy(module: nn.Module) -> nn.Module:
         id(getattr(inner, name)): OrderedDict() for inner in module.modules() for name in _HOOKS
     }
     return copy.deepcopy(module, without_hooks)
+
+
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Every dropout and layer-drop probability: modules' `p` and float attributes (functional dropout)."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            names_dropout = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+            if names_dropout and isinstance(value, float):
+                yield module, name, value
 
 
 def write_weights(source: nn.Module, target: nn.Module) -> None:

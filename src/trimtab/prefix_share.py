@@ -110,12 +110,13 @@ def common_length(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
 
 
 def draws(model: PreTrainedModel) -> bool:
-    """Whether what acts on the model draws anew at every call, so that a forward has to stay one call."""
+    """Whether what acts on the model draws anew at every call, or reads it whole: a forward has to stay one call."""
     attachments = getattr(model, "trimtab", None)
-    if not model.training or not isinstance(attachments, Attachments) or attachments.active is None:
+    if not isinstance(attachments, Attachments) or attachments.active is None:
         return False
     active: Any = attachments.entries[attachments.active]
-    return any(getattr(part, "draws", False) for part in active.members())
+    why = ("draws", "whole") if model.training else ("whole",)
+    return any(getattr(part, reason, False) for part in active.members() for reason in why)
 
 
 class SharedText:

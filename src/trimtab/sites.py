@@ -190,14 +190,36 @@ class HeadSite:
     stack: str = ""
 
 
-Site = LinearSite | KVSite | EmbedsSite | ActivationSite | NormSite | HeadSite
+@dataclass(frozen=True, eq=False)
+class StatesSite:
+    """What one stack's layers give, read only, and the place where something else may leave the stack instead."""
+
+    key: str
+    stack: str
+    structure: Stack
+    """The names of the stack's modules."""
+    layers: tuple[Module, ...]
+    attentions: tuple[KVSite, ...]
+    body: Module
+    end: Module
+    """What its output leaves the stack: the norm behind the last layer, or that layer."""
+    width: int
+    encoder: Module
+    """The first layer of the stack that this one attends to, or None."""
+    reader: Module
+    """The decoder that attends to this stack's output; None where the output goes to a head."""
+    layer: int
+    """Above all layers: nothing below is trained."""
+
+
+Site = LinearSite | KVSite | EmbedsSite | ActivationSite | NormSite | HeadSite | StatesSite
 
 
 class Sites:
     """All sites of one model.
 
-    `linear`, `activation`, `norm`, `kv`, `embeds` and `head` are tuples of sites; `pooler` is a linear site or None;
-    `layer_modules` maps a stack's name to its layers.
+    `linear`, `activation`, `norm`, `kv`, `embeds`, `states` and `head` are tuples of sites; `pooler` is a linear site
+    or None; `layer_modules` maps a stack's name to its layers.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -209,6 +231,7 @@ class Sites:
         kv: list[KVSite] = []
         embeds: list[EmbedsSite] = []
         activation: list[ActivationSite] = []
+        states: list[StatesSite] = []
         for stack in self.family.stacks:
             if stack.name == "decoder" and not _has(root, stack.layers):
                 continue  # an encoder-only class of an encoder-decoder family
@@ -225,12 +248,14 @@ class Sites:
                 activation += _activations(stack, i, layer, names)
             if stack.insert:
                 embeds.append(_embeds(stack, root, layers, stack_linear, stack_kv, body, model))
+            states.append(_states(stack, root, self.layer_modules, stack_linear, stack_kv, body))
         self.pooler = _pooler(self.family, root, len(self.layer_modules[self.family.stacks[0].name]), names)
         self.linear = tuple(linear)
         self.activation = tuple(activation)
         self.norm = tuple(_norms(self.family, root, self.layer_modules, names))
         self.kv = tuple(kv) if self.family.interface else ()
         self.embeds = tuple(embeds)
+        self.states = tuple(states)
         self.head = tuple(_heads(model, names))
 
     def linears(self, targets: Sequence[str], layers: str | None) -> list[LinearSite]:
@@ -479,8 +504,43 @@ def _embeds(
         width=states_width if embedding is None else embedding.embedding_dim,
         insert="tokens" if _rope_type(body) == "longrope" else str(stack.insert),
         positions=stack.positions,
-        reader=root.get_submodule("decoder") if stack.name == "encoder" and _has(root, "decoder") else None,
+        reader=_reader(stack, root),
     )
+
+
+def _reader(stack: Stack, root: nn.Module) -> Module:
+    """The decoder that attends to this stack's output, if there is one."""
+    return root.get_submodule("decoder") if stack.name == "encoder" and _has(root, "decoder") else None
+
+
+def _states(
+    stack: Stack,
+    root: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, ...]],
+    linears: list[LinearSite],
+    kvs: list[KVSite],
+    body: Module,
+) -> StatesSite:
+    own = layers[stack.name]
+    ends = bool(stack.final_norm) and not stack.pooled_norm
+    return StatesSite(
+        key=f"{stack.name}_states" if stack.name else "states",
+        stack=stack.name,
+        structure=stack,
+        layers=own,
+        attentions=tuple(kvs),
+        body=body,
+        end=root.get_submodule(str(stack.final_norm)) if ends else own[-1],
+        width=next(site.out_features for site in linears if site.role == "o"),
+        encoder=layers["encoder"][0] if stack.cross else None,
+        reader=_reader(stack, root),
+        layer=len(own),
+    )
+
+
+def layer_linears(stack: Stack, index: int, layer: nn.Module) -> list[LinearSite]:
+    """The projections of one layer of a stack, or of one built like it."""
+    return list(_linears(stack, index, layer, {id(module): path for path, module in layer.named_modules()}))
 
 
 def _rope_type(body: Module) -> str | None:

@@ -259,6 +259,12 @@ class Trainer(transformers.Trainer):
         _scale_rates(optimizer, self.adapter.lr_scales())
         return optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As transformers has it, without what the adapter keeps from decay."""
+        kept = {id(weight) for weight in self.adapter.undecayed()}
+        undecayed = {name for name, weight in model.named_parameters() if id(weight) in kept}
+        return [name for name in super().get_decay_parameter_names(model) if name not in undecayed]
+
     # Batches
 
     def get_train_dataloader(self) -> DataLoader:

@@ -12,6 +12,7 @@ from trimtab.methods.full import Full
 from trimtab.methods.head import Head
 from trimtab.methods.houlsby import Houlsby
 from trimtab.methods.ia3 import IA3
+from trimtab.methods.ladder import Ladder
 from trimtab.methods.layernorm import LayerNorm
 from trimtab.methods.llama_adapter import LlamaAdapter
 from trimtab.methods.llama_adapter_v2 import LlamaAdapterV2
