@@ -246,7 +246,8 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """One line a workload."""
     lines = header(
         "workload", "peer", "peer, s an epoch", "ours, s an epoch", "ratio (min–max)", "asked",
-        "peak memory ours / peer", "asked", "least GFLOP an epoch", "efficiency", "losses differ by", "bare base, peer's / our environment",
+        "peak memory ours / peer", "asked", "least GFLOP an epoch", "efficiency", "losses differ by",
+        "bare base, peer's / our environment",
     )  # fmt: skip
     for one in found:
         workload = BY_NAME[one["workload"]]

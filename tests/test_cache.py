@@ -21,7 +21,14 @@ from trimtab.prefix_share import shared_prefix
 from trimtab.store import INDEX, Store
 
 ENOUGH = 2**30
-METHODS = ("lora[r=2,layers=-1:]", "llama-adapter[length=3,layers=-1:]", "prefix[length=3,hidden=8,layers=-1:]", "head")
+METHODS = (
+    "lora[r=2,layers=-1:]",
+    "llama-adapter[length=3,layers=-1:]",
+    "prefix[length=3,hidden=8,layers=-1:]",
+    "head",
+    "ladder[reduction=2,dropped=1]",
+    "ladder[reduction=2,merge_last=true]",
+)
 ONE_STACK = [family for family in FAMILIES if family not in ("t5", "bart", "whisper")]
 
 

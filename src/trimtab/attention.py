@@ -209,6 +209,20 @@ def packing_at(site: KVSite) -> Packing | None:
     return None if slot is None else slot.packing
 
 
+def follow(module: Module, base: Module) -> None:
+    """Have an attention of a layer beside the base's be called as that is: on packed rows where they are packed.
+
+    Prefixes and tokens that stand in front of the base's text do not reach it.
+    """
+    slot: Slot | None = getattr(base, _SLOT, None)
+    if slot is None:
+        module.__dict__.pop(_SLOT, None)
+        return
+    own = Slot(slot.previous)
+    own.packing = slot.packing
+    setattr(module, _SLOT, own)
+
+
 def slot_of(module: nn.Module) -> Slot:
     """The slot of an attention module."""
     return getattr(module, _SLOT)

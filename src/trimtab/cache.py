@@ -1,19 +1,21 @@
 """The trunk cache: what frozen layers below the lowest trained one give is computed once and replayed. Knows layers and
 the model's inputs; refuses to know methods, tasks and training loops.
 
-Below the lowest trained layer a row's hidden states depend on its own tokens alone: the base is frozen, its dropout is
-0, and neither the padding nor the other rows of its batch reach them. So they are kept from the first forward that
-computes them (there is no filling pass of its own) and every later forward of the same row, in the next epoch or the
-next evaluation, begins at that layer: same loss, same gradients. A row is known by a digest of its tokens, so the text,
-its template, the tokenizer and the length it was cut to are all part of the key.
+Below the lowest trained layer (in all layers, where a network stands beside them) a row's hidden states depend on its
+own tokens alone: the base is frozen, its dropout is 0, and neither the padding nor the other rows of its batch reach
+them. So they are kept from the first forward that computes them (there is no filling pass of its own) and every later
+forward of the same row, in the next epoch or the next evaluation, begins at that layer: same loss, same gradients. Of
+layers that a network beside them reads each one's output is kept. A row is known by a digest of its tokens, so the
+text, its template, the tokenizer and the length it was cut to are all part of the key.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from trimtab.adapter import Adapter
 from trimtab.attention import packing_at
 from trimtab.hooks import named_arguments
 from trimtab.packing import Packing
-from trimtab.sites import EmbedsSite, HeadSite, Module
+from trimtab.sites import EmbedsSite, HeadSite, Module, StatesSite
 from trimtab.store import Store
 
 _ALONE = frozenset({"input_ids", "attention_mask", "token_type_ids", "pixel_values", "position_ids"})
@@ -52,14 +54,23 @@ def trunk_height(adapter: Adapter) -> int:
     return max(0, min([*claimed, len(layers)]))
 
 
+def kept_layers(adapter: Adapter) -> tuple[int, ...]:
+    """The layers whose outputs are kept: the last one below everything, and those that a part reads."""
+    attachments: Any = adapter.model.trimtab
+    entry: Any = attachments.entries[adapter.name]
+    taps = [entry.parts[site.key].taps for site in entry.sites if isinstance(site, StatesSite)]
+    height = trunk_height(adapter)
+    return tuple(taps[0]) if taps else (height - 1,) if height else ()
+
+
 def trunk_facts(adapter: Adapter, fingerprint: str) -> dict[str, Any]:
     """What states depend on besides a row's tokens: a store made from other facts is not to be used."""
     return {
-        "format": 2,
+        "format": 3,
         "base": fingerprint,
         "config": _config_digest(adapter.model.config),
         "dtype": str(adapter.model.dtype),
-        "layers": trunk_height(adapter),
+        "layers": list(kept_layers(adapter)),
     }
 
 
@@ -77,15 +88,17 @@ def cached_trunk(adapter: Adapter, store: Store) -> Iterator[None]:
         yield
         return
     (site,) = attachments.sites.embeds
-    trunk = Trunk(attachments, site, store, adapter.name)
+    trunk = Trunk(attachments, site, store, adapter.name, kept_layers(adapter))
     layers = _module_list(site.body, site.layers[0])
     attachments.replaying = True
     handles = [
         site.body.register_forward_pre_hook(trunk.begin, with_kwargs=True, prepend=True),
         site.body.register_forward_hook(trunk.end, always_call=True),
     ]
+    for at in trunk.kept:
+        handles.append(site.layers[at].register_forward_hook(Keep(trunk, at), prepend=True))
     for at in range(height):
-        layers[at] = Replay(site.layers[at], trunk, last=at == height - 1)
+        layers[at] = Replay(site.layers[at], trunk, at)
     try:
         yield
     finally:
@@ -107,12 +120,14 @@ class Frame:
     def __init__(self, places: list[Place], sizes: list[int], mask: Tensor | None):
         self.places, self.sizes, self.mask = places, sizes, mask
         """Each row's place and number of states, which stand one row after the other where `mask` is true."""
-        self.known: list[Tensor] | None = None
+        self.known: tuple[Tensor, ...] | None = None
+        """Of each kept layer the states [N, width] of all rows, where they are known."""
+        self.made: list[Tensor] = []
+        """What the kept layers gave in this forward [B, n, width], where they are not."""
 
-    def padded(self, like: Tensor) -> Tensor:
-        """The known states as [B, n, width], 0 where there is padding."""
-        assert self.known is not None
-        states = torch.cat(self.known).to(like)
+    def padded(self, states: Tensor, like: Tensor) -> Tensor:
+        """States [N, width] as [B, n, width], 0 where there is padding."""
+        states = states.to(like)
         if self.mask is None:
             return states.view(like.shape)
         return torch.zeros_like(like).masked_scatter_(self.mask[..., None], states)
@@ -126,8 +141,10 @@ class Frame:
 class Trunk:
     """The replayed layers of one stack, and the forwards of it that are going on."""
 
-    def __init__(self, attachments: Any, site: EmbedsSite, store: Store, name: str):
-        self.attachments, self.site, self.store, self.name = attachments, site, store, name
+    def __init__(self, attachments: Any, site: EmbedsSite, store: Store, name: str, kept: tuple[int, ...]):
+        self.attachments, self.site, self.store, self.name, self.kept = attachments, site, store, name, kept
+        self.read = any(isinstance(one, StatesSite) for one in attachments.entries[name].sites)
+        """Whether hooks on the layers read what they are given and give."""
         self.frames: list[Frame | None] = []
         self.tuples: bool | None = None
         """Whether the layers give tuples, as the first forward shows."""
@@ -142,7 +159,8 @@ class Trunk:
         frame = self._frame(named_arguments(body, args, kwargs))
         if frame is not None and self.tuples is not None and self._skipped():
             known = [self.store.get(*place) for place in frame.places]
-            frame.known = None if any(one is None for one in known) else known  # type: ignore[assignment]
+            if all(one is not None for one in known):
+                frame.known = torch.cat(known).chunk(len(self.kept), dim=-1)  # type: ignore[arg-type]
         self.frames.append(frame)
 
     def _skipped(self) -> bool:
@@ -156,13 +174,26 @@ class Trunk:
         """The forward is over."""
         self.frames.pop()
 
-    def keep(self, states: Tensor) -> None:
-        """Keep the states [B, n, width] that the last replayed layer gave."""
+    def keep(self, at: int, states: Tensor) -> None:
+        """Keep the states [B, n, width] that a layer gave."""
         frame = self.frame
-        if frame is None:
+        if frame is None or frame.known is not None:
             return
-        for place, own in frame.rows(states):
-            self.store.put(*place, own)
+        frame.made.append(states)
+        if at == self.kept[-1]:
+            for place, own in frame.rows(torch.cat(frame.made, dim=-1)):
+                self.store.put(*place, own)
+            frame.made.clear()
+
+    def replayed(self, at: int, like: Tensor) -> Tensor | None:
+        """What a layer gave the rows of the present forward [B, n, width]; nothing of use where no one reads it.
+
+        None where it has to be run.
+        """
+        frame = self.frame
+        if frame is None or frame.known is None:
+            return None
+        return frame.padded(frame.known[self.kept.index(at)], like) if at in self.kept else like
 
     def _frame(self, given: dict[str, Any]) -> Frame | None:
         if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in (None, self.name):
@@ -223,29 +254,46 @@ class Trunk:
 
 
 class Replay(nn.Module):
-    """A frozen layer, or in its place the states that the trunk's last layer gave the same rows."""
+    """A frozen layer, or in its place the states that it gave the same rows."""
 
-    def __init__(self, layer: nn.Module, trunk: Trunk, last: bool):
+    def __init__(self, layer: nn.Module, trunk: Trunk, at: int):
         super().__init__()
         for own in ("_parameters", "_buffers", "_modules"):
             setattr(self, own, getattr(layer, own))  # the model's tensors keep their names
-        self.hidden, self.last = (layer, trunk), last  # in a tuple: they are no sub-modules of this one
+        self.hidden, self.at = (layer, trunk), at  # in a tuple: they are no sub-modules of this one
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type  # some models choose a layer's mask by it
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[B, n, width] -> [B, n, width], in the form that the layer gives it"""
         layer, trunk = self.hidden
-        frame = trunk.frame
-        if frame is not None and frame.known is not None:
-            states = frame.padded(hidden_states) if self.last else hidden_states
-            return (states,) if trunk.tuples else states
-        with torch.no_grad():
+        states = trunk.replayed(self.at, hidden_states)
+        if states is not None:
+            found = (states,) if trunk.tuples else states
+            return _read(layer, found, hidden_states, *args, **kwargs) if trunk.read else found
+        with nullcontext() if trunk.read else torch.no_grad():  # what reads it has it run without gradients
             output = layer(hidden_states, *args, **kwargs)
         trunk.tuples = isinstance(output, tuple)
-        if self.last:
-            trunk.keep(output[0] if trunk.tuples else output)
         return output
+
+
+class Keep:
+    """The hook behind a kept layer, before anything else changes its output."""
+
+    def __init__(self, trunk: Trunk, at: int):
+        self.trunk, self.at = trunk, at
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.trunk.keep(self.at, output[0] if isinstance(output, tuple) else output)
+
+
+def _read(layer: Module, found: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a layer is known to give, with its hooks as in a call."""
+    layer.forward = functools.wraps(layer.forward)(lambda *args, **kwargs: found)  # hooks ask for its arguments' names
+    try:
+        return layer(*args, **kwargs)
+    finally:
+        del layer.forward
 
 
 def _module_list(body: nn.Module, first: nn.Module) -> nn.ModuleList:

@@ -22,7 +22,7 @@ from trimtab.adapter import Attachments
 from trimtab.attention import TEXT, Recorded, install_kv, recording
 from trimtab.hooks import Switch
 from trimtab.packing import Packing
-from trimtab.sites import EmbedsSite, Module
+from trimtab.sites import EmbedsSite, Module, StatesSite
 from trimtab.virtual import RecordedPrefix, without_checkpointing
 
 _PACKED = ("input_ids", "attention_mask", "labels")
@@ -47,7 +47,7 @@ def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
         with _packed(site, attachments, inputs, length) as rest:
             yield rest
         return
-    if site is None or not length:
+    if site is None or not length or _stands_beside(model):
         yield inputs
         return
     switch = Switch()
@@ -67,13 +67,19 @@ def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
 
 def _packs(model: PreTrainedModel, inputs: dict[str, Any], length: int) -> bool:
     """Whether something stands in front of all rows of a batch that is packed as it should be: padded on the right."""
-    attachments: Any = model.trimtab
     config, mask = model.config, inputs.get("attention_mask")
-    virtual = attachments.active is not None and attachments.entries[attachments.active].virtual
+    active = _active(model)
+    virtual = active is not None and active.virtual
     others = [name for name, value in inputs.items() if isinstance(value, Tensor) and name not in _PACKED]
     if not (length or virtual) or others or draws(model) or config.output_hidden_states or config.output_attentions:
         return False
     return mask is None or (mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()))
+
+
+def _stands_beside(model: PreTrainedModel) -> bool:
+    """Whether the acting adapter has attentions of its own, to which nothing is handed from tokens run before."""
+    active = _active(model)
+    return active is not None and any(isinstance(site, StatesSite) for site in active.sites)
 
 
 @contextmanager
@@ -111,12 +117,17 @@ def common_length(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
 
 def draws(model: PreTrainedModel) -> bool:
     """Whether what acts on the model draws anew at every call, or reads it whole: a forward has to stay one call."""
+    why = ("draws", "whole") if model.training else ("whole",)
+    active = _active(model)
+    return active is not None and any(getattr(part, reason, False) for part in active.members() for reason in why)
+
+
+def _active(model: PreTrainedModel) -> Any:
+    """The entry of the acting adapter, or None."""
     attachments = getattr(model, "trimtab", None)
     if not isinstance(attachments, Attachments) or attachments.active is None:
-        return False
-    active: Any = attachments.entries[attachments.active]
-    why = ("draws", "whole") if model.training else ("whole",)
-    return any(getattr(part, reason, False) for part in active.members() for reason in why)
+        return None
+    return attachments.entries[attachments.active]
 
 
 class SharedText:

@@ -97,12 +97,11 @@ class LadderNetwork(nn.Module):
     """Up LN(h) beside one stack; LN(h) beside an encoder that a decoder attends to."""
 
     undecayed = ("gates",)
-    whole = True
 
     def __init__(self, site: StatesSite, method: Ladder, layers: list[int], units: Units | None):
         super().__init__()
         narrow = site.width // method.reduction
-        self.temperature, self.merge_last = method.temperature, method.merge_last
+        self.temperature, self.merge_last, self.depth = method.temperature, method.merge_last, len(site.layers)
         self.first = nn.Linear(site.width, narrow)
         self.downs = nn.ModuleList(nn.Linear(site.width, narrow) for _ in layers)
         self.gates = nn.Parameter(torch.zeros(len(layers)))
@@ -118,9 +117,15 @@ class LadderNetwork(nn.Module):
         """The layers that the side blocks stand beside."""
         return self.side.layers
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers whose outputs it reads."""
+        return self.side.layers if not self.merge_last else tuple(sorted({*self.side.layers, self.depth - 1}))
+
     def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
         """The stack's states and its own output [batch, length, width] -> [batch, length, width], or width / r"""
         precision = self.gates.dtype
+        self.side.begin()
         shares = torch.sigmoid(self.gates / self.temperature)
         hidden = self.first(reading.states[0].to(precision))
         for number, (down, at) in enumerate(zip(self.downs, self.layers, strict=True)):

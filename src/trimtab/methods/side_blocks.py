@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trimtab.attention import follow
 from trimtab.narrow import Units, narrow_config, narrow_layer, narrow_rotation, put_at
 from trimtab.sites import Sites, StatesSite
 from trimtab.states import Reading
@@ -32,10 +33,22 @@ class SideBlocks(nn.Module):
             if units is not None:
                 units.write(block, at)
         self.base = (site.body.config,)  # in a tuple, as what belongs to the base is
+        beside = [site.layers[at] for at in layers]
+        paths = [path for path in (site.structure.attention, site.structure.cross) if path]
+        self.attentions = [
+            (block.get_submodule(path), base.get_submodule(path))
+            for block, base in zip(self.blocks, beside, strict=True)
+            for path in paths
+        ]  # a list of tuples: they are no sub-modules
+
+    def begin(self) -> None:
+        """Call the blocks' attentions as the base's are called in the present forward."""
+        self.config._attn_implementation = self.base[0]._attn_implementation  # whose masks they are given
+        for own, base in self.attentions:
+            follow(own, base)
 
     def forward(self, number: int, hidden: Tensor, reading: Reading) -> Tensor:
         """[batch, length, width / reduction] twice: block `number`, called as the base's layer was"""
-        self.config._attn_implementation = self.base[0]._attn_implementation  # whose masks it is given
         call = reading.calls[self.layers[number]]
         given = {name: self._narrow(name, value, hidden.dtype, reading.memory) for name, value in call.items()}
         output = self.blocks[number](hidden, **given)

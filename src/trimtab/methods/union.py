@@ -16,7 +16,7 @@ from torch import nn
 from trimtab.batches import ROWS
 from trimtab.contract import Context, Method, Parts, Together
 from trimtab.errors import UserError
-from trimtab.sites import EmbedsSite, Site, Sites
+from trimtab.sites import EmbedsSite, HeadSite, Site, Sites, StatesSite
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Union:
             for site, part in method.build(sites, context).items():
                 _check_claim(site, claims.get(site, {}), method.name, part)
                 claims.setdefault(site, {})[method.name] = part
+        _check_frozen(claims)
         return {site: Together(own) if len(own) > 1 else next(iter(own.values())) for site, own in claims.items()}
 
     def parameter_count(self, sites: Sites) -> int:
@@ -100,6 +101,16 @@ class Union:
         """The union of the members with what their parts found."""
         members: list[Any] = list(self.methods)
         return Union(tuple(one.found(parts) if hasattr(one, "found") else one for one in members))
+
+
+def _check_frozen(claims: dict[Site, dict[str, nn.Module]]) -> None:
+    """Raises UserError for what would train inside a stack that runs without gradients beside another network."""
+    beside = [name for site, own in claims.items() if isinstance(site, StatesSite) for name in own]
+    inside = [name for site, own in claims.items() if not isinstance(site, StatesSite | HeadSite) for name in own]
+    if beside and inside:
+        raise UserError(
+            f"{beside[0]} runs the base without gradients, so {inside[0]} would learn nothing; leave one of them out"
+        )
 
 
 def _check_claim(site: Site, present: dict[str, nn.Module], name: str, part: nn.Module) -> None:
