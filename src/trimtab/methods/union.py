@@ -2,12 +2,12 @@
 
 The parts of its members act side by side, and at a site that several claim one after the other, in the order of the
 members. Refused are two parts that would train the same tensor: copies of one norm or head, two sets of virtual tokens,
-the same method twice at one site.
+the same method twice at one site; and what acts inside a base that another member has run without gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from trimtab.batches import ROWS
 from trimtab.contract import Context, Method, Parts, Together
 from trimtab.errors import UserError
-from trimtab.sites import EmbedsSite, Site, Sites
+from trimtab.sites import EmbedsSite, HeadSite, Site, Sites, StatesSite
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Union:
             for site, part in method.build(sites, context).items():
                 _check_claim(site, claims.get(site, {}), method.name, part)
                 claims.setdefault(site, {})[method.name] = part
+        _check_gradients(claims)
         return {site: Together(own) if len(own) > 1 else next(iter(own.values())) for site, own in claims.items()}
 
     def parameter_count(self, sites: Sites) -> int:
@@ -100,6 +101,16 @@ class Union:
         """The union of the members with what their parts found."""
         members: list[Any] = list(self.methods)
         return Union(tuple(one.found(parts) if hasattr(one, "found") else one for one in members))
+
+
+def _check_gradients(claims: Mapping[Site, Mapping[str, nn.Module]]) -> None:
+    """Raises UserError where a member acts inside a base that another one has run without gradients."""
+    readers = {name for site, own in claims.items() if isinstance(site, StatesSite) for name in own}
+    inside = [name for site, own in claims.items() if not isinstance(site, StatesSite | HeadSite) for name in own]
+    if readers and inside:
+        raise UserError(
+            f"{min(readers)} runs the base without gradients, so {inside[0]} inside it would learn nothing; leave one out"
+        )
 
 
 def _check_claim(site: Site, present: dict[str, nn.Module], name: str, part: nn.Module) -> None:
