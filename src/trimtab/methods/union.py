@@ -109,7 +109,7 @@ def _check_gradients(claims: Mapping[Site, Mapping[str, nn.Module]]) -> None:
     inside = [name for site, own in claims.items() if not isinstance(site, StatesSite | HeadSite) for name in own]
     if readers and inside:
         raise UserError(
-            f"{min(readers)} runs the base without gradients, so {inside[0]} inside it would learn nothing; leave one out"
+            f"{min(readers)} runs the base without gradients, so {inside[0]} in it would learn nothing; leave one out"
         )
 
 
