@@ -97,6 +97,7 @@ class LadderNetwork(nn.Module):
     """Up LN(h) beside one stack; LN(h) beside an encoder that a decoder attends to."""
 
     undecayed = ("gates",)
+    exclusive = True
 
     def __init__(self, site: StatesSite, method: Ladder, layers: list[int], units: Units | None):
         super().__init__()

@@ -2,12 +2,12 @@
 
 The parts of its members act side by side, and at a site that several claim one after the other, in the order of the
 members. Refused are two parts that would train the same tensor: copies of one norm or head, two sets of virtual tokens,
-the same method twice at one site.
+the same method twice at one site; and what acts inside a base that another member has run without gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class Union:
             for site, part in method.build(sites, context).items():
                 _check_claim(site, claims.get(site, {}), method.name, part)
                 claims.setdefault(site, {})[method.name] = part
-        _check_frozen(claims)
+        _check_gradients(claims)
         return {site: Together(own) if len(own) > 1 else next(iter(own.values())) for site, own in claims.items()}
 
     def parameter_count(self, sites: Sites) -> int:
@@ -103,13 +103,13 @@ class Union:
         return Union(tuple(one.found(parts) if hasattr(one, "found") else one for one in members))
 
 
-def _check_frozen(claims: dict[Site, dict[str, nn.Module]]) -> None:
-    """Raises UserError for what would train inside a stack that runs without gradients beside another network."""
-    beside = [name for site, own in claims.items() if isinstance(site, StatesSite) for name in own]
+def _check_gradients(claims: Mapping[Site, Mapping[str, nn.Module]]) -> None:
+    """Raises UserError where a member acts inside a base that another one has run without gradients."""
+    readers = {name for site, own in claims.items() if isinstance(site, StatesSite) for name in own}
     inside = [name for site, own in claims.items() if not isinstance(site, StatesSite | HeadSite) for name in own]
-    if beside and inside:
+    if readers and inside:
         raise UserError(
-            f"{beside[0]} runs the base without gradients, so {inside[0]} would learn nothing; leave one of them out"
+            f"{min(readers)} runs the base without gradients, so {inside[0]} in it would learn nothing; leave one out"
         )
 
 
