@@ -13,7 +13,7 @@ class Workload:
 
     name: str
     peer: str
-    """peft, adapters, or peft's two ways to evaluate: generate, logits."""
+    """peft, adapters, full (transformers' Trainer on all weights), or peft's two ways to evaluate: generate, logits."""
     ours: str
     """Method string."""
     theirs: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +84,10 @@ WORKLOADS = (
         {"class": "LoraConfig", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0,
          "target_modules": ["q_proj", "v_proj"], **_TASK},
         1, 1e-3, 2.5, 0.8, _LORA,
+    ),
+    Workload(
+        "ladder-8", "full", "ladder[reduction=8]", epochs=5, lr=1e-4, ratio=15.0, memory=0.4,
+        why="a side network against full fine-tuning",
     ),
     Workload(
         "houlsby-minilm", "adapters", "houlsby[size=24,norms=false,activation=swish,start=normal]",

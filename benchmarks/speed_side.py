@@ -6,7 +6,7 @@ each trains and evaluates; refuses to know what is compared.
 SIDE is ours, peer, base (the frozen base alone, forward, as a control of library versions) or floor (the frozen base
 over exactly the tokens and layers that the workload needs). The file of rows has {"input_ids", "labels"} lists. With
 `--check` the batches are those of the file in order and the output has a loss a step; the peer writes what it starts
-from to `--state`, and ours starts there.
+from to `--state`, and ours starts there; the floor counts its operations.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def ours(workload: Workload, folder: str, rows: Rows, check: bool, state: Path |
     store = Store(2**31) if trunk_height(adapter) and workload.epochs > 1 else None
     with tempfile.TemporaryDirectory() as out:
         args = arguments(workload, out, check)
-        budget = None if check else round(BATCH * sum(len(row["input_ids"]) for row in rows) / len(rows))
+        budget = None if check else BATCH * max(len(row["input_ids"]) for row in rows)  # the peer's largest batch
         trainer = tt.Trainer(
             adapter.model, args, adapter=adapter, train_dataset=rows, batch_tokens=budget, pad_id=0, show=False,
             store=store, callbacks=[clock],
@@ -203,7 +203,8 @@ def adapters_model(workload: Workload, folder: str) -> Any:
 
 def peer(workload: Workload, folder: str, rows: Rows, check: bool, state: Path | None) -> dict[str, Any]:
     """transformers.Trainer with dynamic padding and batches of like length; the base's dropout is off."""
-    model = (adapters_model if workload.peer == "adapters" else peft_model)(workload, folder)
+    model = {"adapters": adapters_model, "peft": peft_model, "full": base}[workload.peer](workload, folder)
+    model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -271,12 +272,12 @@ def bare(workload: Workload, folder: str, rows: Rows) -> dict[str, Any]:
     return {"epochs": [time.perf_counter() - begun], "losses": [], "peak_mb": peak_mb()}
 
 
-def floor(workload: Workload, folder: str, rows: Rows) -> dict[str, Any]:
+def floor(workload: Workload, folder: str, rows: Rows, count: bool) -> dict[str, Any]:
     """The bare base, forward and backward, over the tokens and layers that the workload needs, epoch by epoch.
 
     Tokens that a batch shares count once, virtual ones too, and all of a batch run in one block; layers below the
-    lowest trained one run in the first epoch only, forward; the vocabulary is projected where a label is. Also counts
-    the operations.
+    lowest trained one run in the first epoch only, forward; the vocabulary is projected where a label is. With `count`
+    the operations are counted, too.
     """
     model = base(workload, folder)
     model.requires_grad_(False)
@@ -285,7 +286,7 @@ def floor(workload: Workload, folder: str, rows: Rows) -> dict[str, Any]:
         begun = time.perf_counter()
         _floor_epoch(model, workload, rows, epoch == 0)
         seconds.append(time.perf_counter() - begun)
-    for fill, times in ((True, 1), (False, workload.epochs - 1)):
+    for fill, times in ((True, 1), (False, workload.epochs - 1)) if count else ():
         with FlopCounterMode(display=False) as counter:
             if times:
                 _floor_epoch(model, workload, rows, fill)
@@ -353,9 +354,11 @@ def main() -> None:
     workload = BY_NAME[given.workload]
     rows = json.loads(Path(given.rows).read_text())
     training: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "peer": peer}
-    evaluating = {"ours": ours_evaluating, "peer": peer_evaluating, "base": bare, "floor": floor}
-    if given.side in training and workload.peer in ("peft", "adapters"):
+    evaluating = {"ours": ours_evaluating, "peer": peer_evaluating, "base": bare}
+    if given.side in training and workload.peer in ("peft", "adapters", "full"):
         result = training[given.side](workload, given.model, rows, given.check, given.state)
+    elif given.side == "floor":
+        result = floor(workload, given.model, rows, given.check)
     else:
         result = evaluating[given.side](workload, given.model, rows)
     result["threads"] = torch.get_num_threads()

@@ -120,6 +120,8 @@ class Frame:
     def __init__(self, places: list[Place], sizes: list[int], mask: Tensor | None):
         self.places, self.sizes, self.mask = places, sizes, mask
         """Each row's place and number of states, which stand one row after the other where `mask` is true."""
+        self.index = None if mask is None or mask.all() else mask.flatten().nonzero().squeeze(1)
+        """Where they stand among all positions; None where they are all."""
         self.known: tuple[Tensor, ...] | None = None
         """Of each kept layer the states [N, width] of all rows, where they are known."""
         self.made: list[Tensor] = []
@@ -128,9 +130,9 @@ class Frame:
     def padded(self, states: Tensor, like: Tensor) -> Tensor:
         """States [N, width] as [B, n, width], 0 where there is padding."""
         states = states.to(like)
-        if self.mask is None:
-            return states.view(like.shape)
-        return torch.zeros_like(like).masked_scatter_(self.mask[..., None], states)
+        if self.index is None:
+            return states.reshape(like.shape)
+        return torch.zeros_like(like).flatten(0, 1).index_copy_(0, self.index.to(like.device), states).view(like.shape)
 
     def rows(self, states: Tensor) -> Iterator[tuple[Place, Tensor]]:
         """Each row's place and own states [n, width], out of [B, n, width]."""
