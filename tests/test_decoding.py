@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -80,41 +79,3 @@ def test_what_only_the_models_own_function_knows_is_left_to_it() -> None:
         assert not decodes(query, None, False, {"softcap": 30.0})
         assert not decodes(torch.zeros(1, 2, 3, 4), None, False, {})
     assert not decodes(query, None, False, {})
-
-
-@pytest.mark.parametrize("method", ["prompt[length=2]", "p-tuning[length=2]", "prefix[length=3,hidden=8]"])
-def test_virtual_tokens_and_generators_are_run_once_as_long_as_nothing_changes(method: str) -> None:
-    adapter = attached("llama", method)
-    model: Any = adapter.model.eval()
-    ids = torch.tensor([[5, 9, 11, 4]])
-    runs: list[int] = []
-    part: Any = next(iter(adapter._entry.members()))
-    name = "compute" if hasattr(part, "generator") else "forward"
-    owner = getattr(part, "generator", part)
-    plain = getattr(owner, name)
-    setattr(owner, name, lambda: runs.append(1) or plain())
-
-    def generated() -> torch.Tensor:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-
-    first = generated()
-    assert torch.equal(generated(), first)
-    assert len(runs) == 1
-    with torch.no_grad():
-        logits = model(ids).logits
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter))
-        changed = model(ids).logits
-        assert len(runs) == 2
-        assert not torch.allclose(changed, logits)
-        model.model.layers[0].mlp.down_proj.weight.add_(1.0)
-        model(ids)
-        assert len(runs) == 3
-    model.train()
-    with torch.no_grad():
-        model(ids), model(ids)
-    assert len(runs) == 5
-    adapter.fold()
-    copied = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(copied(ids).logits, model.eval()(ids).logits)

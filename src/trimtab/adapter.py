@@ -32,7 +32,6 @@ from trimtab.hooks import (
     install_head,
     install_linear,
     install_norm,
-    tensor_state,
 )
 from trimtab.labels import LabelSetting
 from trimtab.methods import METHODS
@@ -215,8 +214,6 @@ class Entry(nn.Module):
         self.parts = nn.ModuleDict({site.key: _placed(site, part) for site, part in parts.items()})
         self.labels = attachments.labels.own
         self.switch = Switch()
-        self.switch.state = self.state
-        self.bodies = tuple(site.body for site in attachments.sites.embeds)  # a tuple: they are no sub-modules
         self.handles: list[Any] = []
         whole = getattr(method, "whole_model", False)
         self.cuts = [] if whole else list(_cuts(self.sites, attachments.sites))
@@ -229,13 +226,6 @@ class Entry(nn.Module):
     def members(self) -> Iterator[Any]:
         """The parts of single methods at all sites."""
         return (part for parts in self.parts.values() for part in members(parts))
-
-    def state(self) -> object:
-        """Changes with every tensor that the adapter's virtual tokens or generators depend on; None while training."""
-        if self.training or any(body.training for body in self.bodies):
-            return None
-        modules = (self, *self.bodies)
-        return tensor_state(tensor for one in modules for tensor in (*one.parameters(), *one.buffers()))
 
     def install(self) -> None:
         """Put the hooks in place."""

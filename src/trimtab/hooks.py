@@ -6,7 +6,7 @@ Hooks are callable objects, not closures, so that a deep copy of the model carri
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,39 +27,14 @@ class Switch:
         """Whether the present forward of a stack is inside another, which has made what is made once a forward."""
         self.kept: dict[object, Any] | None = None
         """What depends on no row, by who made it, as long as no tensor of the model changes (unchanging)."""
-        self.state: Callable[[], object] = lambda: None
-        """Changes with every tensor of the base and the adapter; None where nothing made may be used again."""
-        self.made: dict[object, tuple[object, Any]] = {}
-        """What depends on no row, by who made it, with the state in which it was made."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "made": {}}
 
     def once(self, maker: object, make: Callable[[], Any]) -> Any:
         """What `make` gives, or gave this maker before while nothing changes."""
-        if torch.is_grad_enabled():
+        if self.kept is None or torch.is_grad_enabled():
             return make()
-        if self.kept is None:
-            return self._while_unchanged(maker, make)
         if maker not in self.kept:
             self.kept[maker] = make()
         return self.kept[maker]
-
-    def _while_unchanged(self, maker: object, make: Callable[[], Any]) -> Any:
-        state = self.state()
-        if state is None:
-            return make()
-        if maker not in self.made or self.made[maker][0] != state:
-            self.made[maker] = state, make()
-        return self.made[maker][1]
-
-
-def tensor_state(tensors: Iterable[torch.Tensor]) -> object:
-    """Where each tensor lies and how often it was written; None where torch does not count that."""
-    found = list(tensors)
-    if any(tensor.is_inference() for tensor in found):
-        return None
-    return [(tensor.data_ptr(), tensor._version) for tensor in found]
 
 
 @contextmanager
