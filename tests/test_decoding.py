@@ -79,3 +79,30 @@ def test_what_only_the_models_own_function_knows_is_left_to_it() -> None:
         assert not decodes(query, None, False, {"softcap": 30.0})
         assert not decodes(torch.zeros(1, 2, 3, 4), None, False, {})
     assert not decodes(query, None, False, {})
+
+
+@pytest.mark.parametrize("method", ["prompt[length=2]", "p-tuning[length=2]", "prefix[length=3,hidden=8]"])
+def test_serving_runs_virtual_tokens_and_generators_once(method: str) -> None:
+    adapter = attached("llama", method)
+    model: Any = adapter.model.eval()
+    ids = torch.tensor([[5, 9, 11, 4]])
+    runs: list[int] = []
+    part: Any = next(iter(adapter._entry.members()))
+    owner, name = (part.generator, "compute") if hasattr(part, "generator") else (part, "forward")
+    plain = getattr(owner, name)
+    setattr(owner, name, lambda: runs.append(1) or plain())
+
+    def generated() -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+
+    first = generated()
+    runs.clear()
+    with adapter.serving():
+        assert torch.equal(generated(), first)
+        assert torch.equal(generated(), first)
+    assert len(runs) == 1
+    with torch.no_grad():
+        before = model(ids).logits
+        for parameter in adapter.parameters():
+            parameter.data.mul_(-3)  # as fused optimizers write, uncounted
+        assert not torch.allclose(model(ids).logits, before)

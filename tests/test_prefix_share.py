@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForQuestionAnswering, PreTrainedModel, TrainingArguments
+from transformers import (
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 import trimtab as tt
 from test_contract import METHODS
@@ -205,12 +211,81 @@ def test_other_models_get_whole_rows(family: str) -> None:
         assert inputs["input_ids"].shape == (5, 20)
 
 
+@pytest.mark.parametrize("method", ["lora[r=2]", "prompt[length=4]"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_frozen_base_inside_the_block(method: str, gradients: bool) -> None:
+    model = tiny("llama")
+    adapter = shaken(model, method)
+    whole = batch()
+    with torch.set_grad_enabled(gradients):
+        with adapter.disabled():
+            base = model(**whole).logits[:, SHARED:]
+        own = model(**whole).logits[:, SHARED:]
+        needed = torch.zeros(5, 20).bool()
+        needed[:, SHARED:] = True
+        with shared_prefix(model, whole, needed) as inputs:
+            assert inputs["input_ids"].shape == (5, 20 - SHARED)
+            with adapter.disabled():
+                torch.testing.assert_close(_seen(model(**inputs).logits, whole), _seen(base, whole))
+            torch.testing.assert_close(_seen(model(**inputs).logits, whole), _seen(own, whole))
+
+
+def _seen(logits: torch.Tensor, whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    return logits[whole["attention_mask"][:, SHARED:].bool()]
+
+
+def test_other_inputs_inside_the_block_are_refused() -> None:
+    model = tiny("llama")
+    tt.attach(model, "lora[r=2]")
+    with (
+        shared_prefix(model, batch(), None),
+        pytest.raises(tt.UserError, match="other inputs while a batch is packed"),
+    ):
+        model(input_ids=torch.ones(2, 3).long())
+
+
+def test_models_that_look_both_ways_get_whole_rows() -> None:
+    config = copy.deepcopy(tiny("llama").config)
+    config.is_causal = False
+    model: Any = type(tiny("llama"))(config)
+    tt.attach(model, "lora[r=2]|prompt[length=2]")
+    assert model.trimtab.sites.embeds[0].insert == "tokens"
+    with shared_prefix(model, batch(), None) as inputs:
+        assert inputs["input_ids"].shape == (5, 20)
+
+
+def test_a_head_that_reads_the_last_token_before_the_padding_keeps_it() -> None:
+    """Where padding is the token that ends a text, that is the last token of its text."""
+    config = copy.deepcopy(tiny("llama").config)
+    config.pad_token_id = config.eos_token_id = 2
+    model = LlamaForSequenceClassification(config)
+    tt.attach(model, "lora[r=2]")
+    whole = {name: tensor for name, tensor in batch().items() if name != "labels"}
+    whole["input_ids"][2, SHARED:] = 2
+    whole["attention_mask"][2, SHARED + 1 :] = 0
+    whole["input_ids"].masked_fill_(whole["attention_mask"] == 0, 2)
+    plain = model(**whole).logits
+    with shared_prefix(model, whole, None) as inputs:
+        assert inputs["input_ids"].shape[1] == 20 - SHARED + 1
+        torch.testing.assert_close(model(**inputs).logits, plain)
+
+
+def test_noise_on_the_embeddings_has_whole_rows(tmp_path: Path) -> None:
+    model = tiny("llama")
+    adapter = tt.attach(model, "lora[r=2]")
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, neftune_noise_alpha=5.0)
+    with tt.Trainer(model, args, adapter=adapter)._sharing(batch()) as inputs:
+        assert inputs["input_ids"].shape == (5, 20)
+
+
 def test_a_later_choice_of_attention_stays() -> None:
     model = tiny("llama")
     tt.attach(model, "lora[r=2]")
     model.set_attn_implementation("eager")
     with shared_prefix(model, batch(), None) as inputs:
         assert inputs["input_ids"].shape[1] < 20
+    assert model.config._attn_implementation == "eager"
+    tt.attach(model, "lora[r=2]", "second")
     assert model.config._attn_implementation == "eager"
 
 

@@ -32,6 +32,7 @@ from trimtab.hooks import (
     install_head,
     install_linear,
     install_norm,
+    unchanging,
 )
 from trimtab.labels import LabelSetting
 from trimtab.methods import METHODS
@@ -141,6 +142,15 @@ class Adapter:
             yield
         finally:
             attachments.use(before)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, no tensor of the model or of an adapter on it changes: what depends on no text is computed once.
+
+        Keys and values of virtual tokens and what generators make are kept for all forwards without gradients.
+        """
+        with unchanging(_attachments(self.model).switches):
+            yield
 
     def fold(self) -> None:
         """Turn the trained form into the inference form: generators discarded, mixtures averaged. Same outputs."""

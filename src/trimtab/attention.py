@@ -87,14 +87,14 @@ class AttentionSetting:
         self.modules: list[Module] = [site.module for site in kv]
         self.configs = list({id(module.config): module.config for module in self.modules}.values())
         self.previous = self._chosen()
-        self.users = 0
+        self.users = self.fronts = 0
         self.on = self.front = False
+        self.packed = False
 
     @property
     def possible(self) -> bool:
         """Whether keys and values can be added to the attention that the model had."""
-        chosen = self.previous if self.users else self._chosen()
-        return not any("flash" in name or "flex" in name for _, name in chosen)
+        return not any("flash" in name or "flex" in name for _, name in self.own())
 
     def acquire(self) -> None:
         """Make room at every attention module; the first user creates the slots."""
@@ -111,16 +111,20 @@ class AttentionSetting:
         for module in self.modules:
             setattr(module, _SLOT, Slot(module.config._attn_implementation))
 
+    def own(self) -> list[tuple[Any, str]]:
+        """The implementation that each configuration of the model has without us."""
+        return self.previous if self.users else self._chosen()
+
     def _chosen(self) -> list[tuple[Any, str]]:
         return [(config, config._attn_implementation) for config in self.configs]
 
     def release(self) -> None:
         """The last user takes the slots away."""
-        self.users -= 1
-        if self.users == 0:
+        if self.users == 1:
             self.set(False)
             for module in self.modules:
                 delattr(module, _SLOT)
+        self.users -= 1
 
     @contextmanager
     def recording(self, sites: Sequence[KVSite]) -> Iterator[dict[KVSite, Recorded]]:
@@ -143,24 +147,23 @@ class AttentionSetting:
 
     @contextmanager
     def fronting(self) -> Iterator[None]:
-        """Inside, the registered function is used, with room for tokens in front of the text."""
+        """Inside, whichever adapter acts, the registered function is used with room for tokens in front of the text."""
         self.acquire()
-        before = self.on, self.front
+        self.fronts += 1
+        self._name()
         try:
-            self.set(True)
             yield
         finally:
-            self.set(*before)
+            self.fronts -= 1
+            self._name()
             self.release()
 
     @contextmanager
     def packing(self, packing: Packing) -> Iterator[None]:
-        """Inside, attention is that of packed rows."""
+        """Inside, attention is that of packed rows, whichever adapter acts."""
         with self.fronting():
+            self._pack(packing)
             try:
-                self._pack(packing)
-                for config, _ in self.previous:
-                    config._attn_implementation = PACKED
                 yield
             finally:
                 self._pack(None)
@@ -168,13 +171,20 @@ class AttentionSetting:
     def _pack(self, packing: Packing | None) -> None:
         for module in self.modules:
             slot_of(module).packing = packing
+        self.packed = packing is not None
+        self._name()
 
     def set(self, on: bool, front: bool = True) -> None:
         """Use the registered function, with room for a prefix in `front` or without, or use what the model had."""
         self.on, self.front = on, front
-        for config, previous in self.previous:
-            ours = NAME if front else BESIDE.get(previous, NAME)
-            config._attn_implementation = ours if on else previous
+        self._name()
+
+    def _name(self) -> None:
+        """Put the name of the function into the configurations; without users they are the model's own business."""
+        for config, previous in self.previous if self.users else ():
+            ours = NAME if self.front or self.fronts else BESIDE.get(previous, NAME)
+            name = ours if self.on or self.fronts else previous
+            config._attn_implementation = PACKED if self.packed else name
 
 
 class RefuseOtherAttention:
@@ -185,7 +195,11 @@ class RefuseOtherAttention:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         for config, _ in self.setting.previous:
-            if self.setting.on and config._attn_implementation not in (NAME, PACKED, *BESIDE.values()):
+            if (self.setting.on or self.setting.fronts) and config._attn_implementation not in (
+                NAME,
+                PACKED,
+                *BESIDE.values(),
+            ):
                 raise UserError(
                     f"the attention was set to {config._attn_implementation!r} after an adapter was attached that acts "
                     "through it; choose the attention first, then attach"

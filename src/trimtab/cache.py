@@ -70,6 +70,7 @@ def trunk_facts(adapter: Adapter, fingerprint: str) -> dict[str, Any]:
         "base": fingerprint,
         "config": _config_digest(adapter.model.config),
         "dtype": str(adapter.model.dtype),
+        "attention": sorted({name for _, name in adapter.model.trimtab.attention.own()}),  # type: ignore[union-attr, operator]
         "layers": list(kept_layers(adapter)),
     }
 
@@ -198,7 +199,8 @@ class Trunk:
         return frame.padded(frame.known[self.kept.index(at)], like) if at in self.kept else like
 
     def _frame(self, given: dict[str, Any]) -> Frame | None:
-        if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in (None, self.name):
+        acting = (self.name,) if self.read else (None, self.name)  # the base needs layers that nobody reads
+        if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in acting:
             return None
         packing = packing_at(self.site.attentions[0]) if self.site.attentions else None
         if packing is not None:
@@ -232,7 +234,7 @@ class Trunk:
 
     def _places(self, before: list[int], ids: Tensor, visible: Tensor, types: Tensor | None) -> list[Place]:
         """The rows' places: digests of the tokens [B, n] that are visible, behind those before them."""
-        moved = self._moved()
+        moved = self._circumstances()
         return [
             (
                 _digest(
@@ -245,8 +247,14 @@ class Trunk:
             for at, (row, seen) in enumerate(zip(ids.cpu(), visible.cpu(), strict=True))
         ]
 
+    def _circumstances(self) -> str:
+        """What else a row's states depend on: how far the adapter moves its positions, and autocast."""
+        device = self.site.embedding.weight.device.type if self.site.embedding is not None else "cpu"
+        cast = f"~{torch.get_autocast_dtype(device)}" if torch.is_autocast_enabled(device) else ""
+        return self._moved() + cast
+
     def _moved(self) -> str:
-        """How far the acting adapter moves the positions of the text, which its rows' states depend on."""
+        """How far the acting adapter moves the positions of the text."""
         active, kv = self.attachments.active, self.attachments.sites.kv
         if active is None or not any(site.shift for site in kv):
             return ""
@@ -265,6 +273,11 @@ class Replay(nn.Module):
         self.hidden, self.at = (layer, trunk), at  # in a tuple: they are no sub-modules of this one
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type  # some models choose a layer's mask by it
+
+    def train(self, mode: bool = True) -> Replay:
+        """Also the layer itself, which is no sub-module."""
+        self.hidden[0].training = mode
+        return super().train(mode)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[B, n, width] -> [B, n, width], in the form that the layer gives it"""
@@ -291,11 +304,14 @@ class Keep:
 
 def _read(layer: Module, found: Any, *args: Any, **kwargs: Any) -> Any:
     """What a layer is known to give, with its hooks as in a call."""
+    own = vars(layer).get("forward")
     layer.forward = functools.wraps(layer.forward)(lambda *args, **kwargs: found)  # hooks ask for its arguments' names
     try:
         return layer(*args, **kwargs)
     finally:
         del layer.forward
+        if own is not None:
+            layer.forward = own
 
 
 def _module_list(body: nn.Module, first: nn.Module) -> nn.ModuleList:

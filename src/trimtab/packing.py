@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from trimtab.errors import UserError
 from trimtab.hooks import named_arguments
 
 Over = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -30,7 +32,7 @@ class Packing:
         """Token ids in front of all rows [1, S], the rows' own [B, n], and which of these are no padding."""
         self.virtual = 0
         """Virtual tokens in the present forward, which whoever has them puts in front (`join`)."""
-        self.masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self.masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
 
     @property
     def front(self) -> int:
@@ -40,12 +42,14 @@ class Packing:
     def pack(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pre-hook of the stack: its input as one row of token ids."""
         kwargs = named_arguments(body, args, kwargs)
+        if kwargs.get("input_ids") is None or kwargs["input_ids"].shape != self.ids.shape:
+            raise UserError("the model was given other inputs while a batch is packed; run them before or behind it")
         self.virtual = 0
         device, (rows, length) = kwargs["input_ids"].device, self.ids.shape
         places = torch.arange(self.front + length, device=device)
         places = torch.cat([places[: self.front], places[self.front :].repeat(rows)])
         kwargs["input_ids"] = torch.cat([self.shared.to(device), kwargs["input_ids"].reshape(1, -1)], dim=1)
-        return (), {**kwargs, "position_ids": places[None], "attention_mask": None}
+        return (), {**kwargs, "position_ids": places[None], "attention_mask": torch.ones_like(kwargs["input_ids"])}
 
     def join(self, tokens: Tensor, kwargs: dict[str, Any], embedding: nn.Module, learned: bool) -> dict[str, Any]:
         """Virtual tokens [P, width] in front of a packed input, at positions 0…P-1 or, where none is learned, -P…-1."""
@@ -56,7 +60,8 @@ class Packing:
         own = torch.arange(-self.virtual, 0, device=places.device)[None]
         places = torch.cat([own, places], dim=1)
         kwargs["position_ids"] = places + self.virtual if learned else places
-        return {**kwargs, "inputs_embeds": torch.cat([tokens[None].to(embeds), embeds], dim=1)}
+        mask = F.pad(kwargs["attention_mask"], (self.virtual, 0), value=1)
+        return {**kwargs, "attention_mask": mask, "inputs_embeds": torch.cat([tokens[None].to(embeds), embeds], dim=1)}
 
     def unpack(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The hook behind the stack: its states of the rows alone, [B, n, width]."""
@@ -88,7 +93,7 @@ class Packing:
 
     def _mask(self, start: int, count: int, window: int | None, device: torch.device) -> Tensor:
         """What `count` tokens behind `start` others see, bool [1, 1, count, start + count]; padding is on the right."""
-        at = start, count, window
+        at = start, count, window, device
         if at not in self.masks:
             keys = torch.arange(start + count, device=device)
             distance = keys[start:, None] - keys

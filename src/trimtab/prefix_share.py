@@ -36,9 +36,10 @@ def shared_prefix(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
     """Inside, the model takes the inputs that are given and answers for them as for the whole ones.
 
     `inputs` has input_ids and maybe attention_mask [B, n], padded on the right; `needed` is bool [B, n], true where the
-    model's output is wanted (None: at each row's last token alone). What is given lacks the first s tokens of every
-    row, of labels as well, so the outputs lack them too. Where nothing can be shared, `inputs` itself is given. The
-    block has to last until after the backward pass if layers are checkpointed.
+    model's output is wanted (None: at each row's last token that is no padding token). What is given lacks the first s
+    tokens of every row, of labels as well, so the outputs lack them too. Where nothing can be shared, `inputs` itself
+    is given. The block has to last until after the backward pass if layers are checkpointed. Raises UserError where
+    the model is given other inputs inside, while it takes packed ones.
     """
     site = _site(model)
     length = 0 if site is None else common_length(model, inputs, needed)
@@ -107,12 +108,19 @@ def common_length(model: PreTrainedModel, inputs: dict[str, Any], needed: Tensor
     if draws(model) or (given is not None and given.dim() != 2):
         return 0
     mask = torch.ones_like(ids).bool() if given is None else given.bool()
-    keep = (
-        mask.sum(1).min() - 1 if needed is None else needed.any(0).int().argmax()
-    )  # an output before it is not needed
+    if needed is None:
+        needed = _last(ids, mask, getattr(model.config, "pad_token_id", None))
+    keep = needed.any(0).int().argmax()  # an output before it is not needed
     same = (ids == ids[:1]).all(0) & mask.all(0)
     length = int(torch.minimum(same.int().cumprod(0).sum(), keep))
     return length if (ids.shape[0] - 1) * length >= LEAST else 0
+
+
+def _last(ids: Tensor, mask: Tensor, padding: int | None) -> Tensor:
+    """Each row's last token that is no padding token, which transformers' heads read: bool [B, n]."""
+    real = mask if padding is None else mask & (ids != padding)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return places == (places * real).argmax(1)[:, None]
 
 
 def draws(model: PreTrainedModel) -> bool:

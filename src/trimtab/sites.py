@@ -502,7 +502,7 @@ def _embeds(
         layers=layers,
         attentions=tuple(kvs),
         width=states_width if embedding is None else embedding.embedding_dim,
-        insert="tokens" if _rope_type(body) == "longrope" else str(stack.insert),
+        insert="tokens" if stack.insert == "shared" and not _tokens_stand_alone(body) else str(stack.insert),
         positions=stack.positions,
         reader=_reader(stack, root),
     )
@@ -541,6 +541,13 @@ def _states(
 def layer_linears(stack: Stack, index: int, layer: nn.Module) -> list[LinearSite]:
     """The projections of one layer of a stack, or of one built like it."""
     return list(_linears(stack, index, layer, {id(module): path for path, module in layer.named_modules()}))
+
+
+def _tokens_stand_alone(body: Module) -> bool:
+    """Whether what the model makes of a text's first tokens does not depend on what follows them."""
+    config = getattr(body, "config", None)
+    both_ways = getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False)
+    return not both_ways and _rope_type(body) != "longrope"
 
 
 def _rope_type(body: Module) -> str | None:

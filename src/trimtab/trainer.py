@@ -179,6 +179,8 @@ class Trainer(transformers.Trainer):
         ids = inputs.get("input_ids")
         if not self.share or ids is None or ids.dim() != 2 or "position_ids" in inputs:
             return nullcontext(inputs)
+        if self.args.neftune_noise_alpha is not None:  # noise whose size follows the length of a row
+            return nullcontext(inputs)
         if self._objective(base, inputs) is None:  # whose labels may be positions in the whole row
             return nullcontext(inputs)
         labels, needed = inputs.get("labels"), None
