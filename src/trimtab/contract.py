@@ -3,7 +3,8 @@
 A method is a frozen dataclass. `build` gives each site that it claims one part, an nn.Module whose parameters are the
 trained tensors there. What the frame calls on a part depends on the site's kind:
 
-    linear   forward(x [..., in], y [..., out]) -> y', or before(x) -> x' in front of the projection;
+    linear   forward(x [..., in], y [..., out]) -> y', or before(x) -> x' in front of the projection, or
+             effective(weight [out, in]) -> weight', which the projection computes with in place of its own;
              merged(weight, bias) -> (weight, bias), if the method merges
     activation   forward(output, input=…, stream=…) -> output'; `reads` names what it wants of input and stream
     norm     forward(x, y) -> y'                           write_into(module), if the method merges
@@ -28,7 +29,12 @@ its method then has `found(parts) -> method`, the method with what the parts fou
 one that trains a template's pseudo tokens has `for_template(count) -> method` (pseudo.py) and `inside`, their number;
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
 the place of what the base has there, so that no other part may act at its site; `draws = True` on a part that it draws
-anew at every call while training, so that a forward cannot be taken apart (prefix_share.py).
+anew at every call while training, so that a forward cannot be taken apart (prefix_share.py);
+`packed` on a part is how many bits its tensors hold, eight a byte; one whose tensors are as long as training makes them
+has `fit(tensors)`, called before they are loaded. Methods that train in phases have `progress(parts, done)`, called before
+each optimizer step with the share of them that is done and once with 1 behind the last; what they do there follows from
+`done` and the trained tensors, so that a resumed run does the same. One with a term of its own in the loss has
+`extra_loss(parts) -> tensor`, added once an optimizer step.
 """
 
 from __future__ import annotations
