@@ -99,7 +99,7 @@ class Adapter:
         return [part for part in self._entry.members() if hasattr(part, "search")]
 
     def progress(self, done: float) -> None:
-        """Tell the method which share of the optimizer's steps is done; a loop does so before each, and with 1 at the end.
+        """Tell the method which share of the optimizer's steps is done: a loop does so before each, with 1 at the end.
 
         Methods that train in phases need it (contract.py); for the others it does nothing.
         """
@@ -490,7 +490,7 @@ def _reads_trained(stack: str, claimed: Sequence[Site]) -> bool:
 def _merged(site: LinearSite, part: nn.Module) -> Callable[[], None]:
     """Computes the merged weight now, so that a refusal comes before any change; the call writes it.
 
-    What makes the weight itself comes first, and what acts on the projection's input last: it is the input of all others.
+    What makes the weight itself comes first, and what acts on the projection's input last: the others read that, too.
     """
     bias = site.bias()
     new = _at_least_float32(site.weight()), None if bias is None else _at_least_float32(bias)

@@ -31,9 +31,9 @@ one that trains a template's pseudo tokens has `for_template(count) -> method` (
 the place of what the base has there, so that no other part may act at its site; `draws = True` on a part that it draws
 anew at every call while training, so that a forward cannot be taken apart (prefix_share.py);
 `packed` on a part is how many bits its tensors hold, eight a byte; one whose tensors are as long as training makes them
-has `fit(tensors)`, called before they are loaded. Methods that train in phases have `progress(parts, done)`, called before
-each optimizer step with the share of them that is done and once with 1 behind the last; what they do there follows from
-`done` and the trained tensors, so that a resumed run does the same. One with a term of its own in the loss has
+has `fit(tensors)`, called before they are loaded. A method that trains in phases has `progress(parts, done)`, called
+before each optimizer step with the share of them that is done, and with 1 behind the last; what it does there follows
+from `done` and the trained tensors, so that a resumed run does the same. One with a term of its own in the loss has
 `extra_loss(parts) -> tensor`, added once an optimizer step.
 """
 

@@ -179,7 +179,7 @@ class WeightHook:
         """Put the effective weight in place, in front of the call."""
         self.remove()  # what a call that was broken off has left
         if self.switch.on:
-            self.lent = vars(module)["weight"] = self._weight()
+            self.lent = module.__dict__["weight"] = self._weight()
         else:
             self.kept = None
 
@@ -189,7 +189,7 @@ class WeightHook:
 
     def remove(self) -> None:
         """Give the module its own weight back."""
-        if self.lent is not None and vars(self.module).get("weight") is self.lent:
+        if self.lent is not None and self.module.__dict__.get("weight") is self.lent:
             del self.module.__dict__["weight"]
         self.lent = None
 
@@ -209,7 +209,7 @@ class WeightHook:
         """The effective weight in the module's own orientation."""
         for site, part in self.members:
             site.lend(part.effective(site.weight()))
-        return vars(self.module).pop("weight")
+        return self.module.__dict__.pop("weight")
 
 
 def _same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:

@@ -99,11 +99,11 @@ class LinearSite:
     def lend(self, weight: torch.Tensor) -> None:
         """Have the module compute with a weight [out, in], in its share of a fused one; its own is hidden, not changed.
 
-        Until `vars(module)` loses the lent weight, `module.weight` and so `self.weight()` are the lent one.
+        Until the lent weight is taken out of the module's `__dict__`, `module.weight` and `self.weight()` are it.
         """
         whole = self._in_out()
         lent = weight.T if self.span is None else self.span.put(whole, weight.T)
-        vars(self.module)["weight"] = lent if isinstance(self.module, Conv1D) else lent.T
+        self.module.__dict__["weight"] = lent if isinstance(self.module, Conv1D) else lent.T
 
     def _in_out(self) -> torch.Tensor:
         """A view of the module's whole weight [in, all out]."""

@@ -4,16 +4,17 @@
     z = min(1, max(0, 3 s - 1.5)),     s = σ(log α + log u - log(1 - u)),     u ~ U(0, 1) [out, in], drawn each call
     loss + penalty · Σ P(z ≠ 0),     P(z ≠ 0) = σ(log α - log(1.5 / 1.5)) = σ(log α)
 
-(hard-concrete gates, which can be exactly 0 and 1, and the L0 penalty). When a share `cut_at` of the training is done, the
-`share` of all these weights with the largest |z w| is kept, w becomes z w, and the rest of the training moves the kept
+(hard-concrete gates, which can be exactly 0 and 1, and the L0 penalty). When a share `cut_at` of the training is done,
+the `share` of all these weights with the largest |z w| is kept, and w becomes z w. The rest of the training moves these
 differences alone: their gates are fixed at 1 (log α = ∞), all others at 0 (log α = -∞), so that a checkpoint says which
-phase it is of. In evaluation z is without noise, s = σ(log α). The structured form multiplies z by a gate of the whole
-matrix, drawn likewise; P(z ≠ 0) is then the product of the two.
+phase it is of. Few differences want longer steps than all did, as in the paper; `search_lr` says how much longer. In
+evaluation z has no noise: s = σ(log α). The structured form multiplies z by a gate of the whole matrix, drawn likewise;
+P(z ≠ 0) is then the product of both.
 
 The start is exactly the base model. Changed are the weights of all projections and the pooler. Trained parameters:
-2 · Σ out · in; stored are the places and values of the differences that are not 0, at most a `share` of Σ out · in after
-the cut. trimtab's Trainer makes the cut and adds the penalty; other loops call `adapter.progress(done)` before each step
-and add `adapter.extra_loss()` to the loss.
+2 · Σ out · in. Stored are the places and values of the differences that are not 0, `share` · Σ out · in behind the cut.
+trimtab's Trainer makes the cut and adds the penalty; another loop calls `adapter.progress(done)` before each optimizer
+step, and with 1 at the end, and adds `adapter.extra_loss()` to the loss.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class DiffPruning:
     """What an open gate costs in the loss."""
     cut_at: float = 0.5
     """Share of the training after which the places are fixed."""
-    gate_lr: float = 100.0
-    """Learning rate of the gates over that of the differences."""
+    search_lr: float = 0.03
+    """Learning rate of all differences before the cut over that of the kept ones behind it."""
+    gate_lr: float = 10.0
+    """Learning rate of the gates over that of the kept differences."""
     structured: bool = False
     """Give each matrix a gate of its own, too."""
     layers: str | None = None
@@ -74,8 +77,9 @@ class DiffPruning:
                 raise UserError(f"diff-pruning: {name}={getattr(self, name):g} must be above 0 and at most 1")
         if self.penalty < 0:
             raise UserError(f"diff-pruning: penalty={self.penalty:g} must not be negative")
-        if self.gate_lr <= 0:
-            raise UserError(f"diff-pruning: gate_lr={self.gate_lr:g} must be above 0")
+        for name in ("search_lr", "gate_lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"diff-pruning: {name}={getattr(self, name):g} must be above 0")
 
     def build(self, sites: Sites, context: Context) -> Parts:
         """Differences a projection. Raises UserError for targets or layers that do not exist, and quantised weights."""
@@ -120,12 +124,16 @@ class DiffPruning:
 class Gated(nn.Module):
     """W -> W + z ⊙ w"""
 
+    unit: torch.Tensor
+
     def __init__(self, shape: torch.Size, method: DiffPruning):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(shape))
         self.log_alpha = nn.Parameter(torch.full(shape, OPEN))
         self.whole = nn.Parameter(torch.tensor(OPEN)) if method.structured else None
         """log α of the whole matrix, []."""
+        self.register_buffer("unit", torch.tensor(1.0))
+        """What w is counted in, []: an optimizer's step is a larger one behind the cut."""
         self.method, self.draws = method, True
 
     @property
@@ -136,7 +144,7 @@ class Gated(nn.Module):
     def difference(self, drawn: bool = False) -> torch.Tensor:
         """z ⊙ w [out, in]"""
         gate = hard_concrete(self.log_alpha, drawn)
-        return self.w * (gate if self.whole is None else gate * hard_concrete(self.whole, drawn))
+        return self.unit * self.w * (gate if self.whole is None else gate * hard_concrete(self.whole, drawn))
 
     def expected(self) -> torch.Tensor:
         """Σ P(z ≠ 0), []"""
@@ -148,13 +156,14 @@ class Gated(nn.Module):
         return (weight + self.difference(self.training and self.draws)).to(weight.dtype)
 
     def lr_scales(self) -> dict[str, float]:
-        """Gates learn faster."""
-        names = ("log_alpha",) if self.whole is None else ("log_alpha", "whole")
-        return dict.fromkeys(names, self.method.gate_lr)
+        """Differences learn slowly, gates fast."""
+        gates = ("log_alpha",) if self.whole is None else ("log_alpha", "whole")
+        return {"w": self.method.search_lr, **dict.fromkeys(gates, self.method.gate_lr)}
 
     def fix(self, value: torch.Tensor, kept: torch.Tensor) -> None:
         """Go on from these differences [out, in], moving those that are kept (bool [out, in])."""
-        self.w.copy_(value)
+        self.unit.fill_(1 / self.method.search_lr)
+        self.w.copy_(value / self.unit)
         self.log_alpha.copy_(torch.where(kept, math.inf, -math.inf))
         if self.whole is not None:
             self.whole.fill_(math.inf)

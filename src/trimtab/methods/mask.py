@@ -4,18 +4,18 @@ arXiv:2004.12406.
     y = (W ⊙ M) x + b,     M = 1[m > τ],     W frozen, m [out, in] trained, τ = 0.01
     ∂L/∂m := ∂L/∂M = ∂L/∂(W ⊙ M) ⊙ W                     straight through the threshold
 
-The base's own weights are kept or left out, one bit each, and biases stay. The scores m start uniform in (-0.02, s) with
-s = (0.02 + τ) / sparsity - 0.02, so that a share `sparsity` of the weights is left out at first; training turns bits over
-where that helps, which hardly changes their number. With `target_sparsity` the loss has the term
+Each of the base's own weights is kept or left out, which is one bit; biases stay. The scores m start uniform in
+(-0.02, s) with s = (0.02 + τ) / sparsity - 0.02, so that a share `sparsity` of the weights is left out at first. With
+`target_sparsity` the loss has the term
 
     pressure · (share left out - target_sparsity)²
 
-whose gradient is taken as that of the number left out, in which every score counts 1, or it would vanish in large models
-(the paper's multiplier rises instead of being fixed). As in Radiya-Dixit & Wang 2020 (How fine can fine-tuning be?,
-arXiv:2004.14129) the choice of layers and the first sparsity matter most.
+whose gradient is taken as that of the number left out, in which every score counts 1: that of the share would vanish in
+large models. (The paper's code raises the multiplier instead.) Radiya-Dixit & Wang 2020 (How fine can fine-tuning be?,
+arXiv:2004.14129) learn such masks for chosen layers: `layers`, and `sparsity` for where they start.
 
-Masked are all projections and the pooler, but those of the two lowest layers, which stay whole in stacks of three layers
-or more. The task head is trained as with any method (in the paper a random one is masked, too). Trained parameters:
+Masked are all projections and the pooler, but those of the two lowest layers, which stay whole in stacks of three or
+more. The task head is trained as with any method (in the paper a random one is masked as well). Trained parameters:
 Σ out · in scores; stored is one bit for each, and merged the model is W ⊙ M.
 """
 
@@ -51,7 +51,7 @@ class Mask:
     sparsity: float = 0.05
     """Share of the weights that is left out at the start."""
     layers: str | None = None
-    """Layers to mask, e.g. -10: or 0,2,5; all but the two lowest where not given (all in stacks of fewer than three)."""
+    """Layers to mask, e.g. -10: or 0,2,5; where not given, all but the two lowest (of fewer than three, all)."""
     targets: tuple[str, ...] = ()
     """Projections to mask: q, k, v, o, up, gate, down; all of them where not given."""
     init: Literal["uniform", "magnitude"] = "uniform"
