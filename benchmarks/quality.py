@@ -158,6 +158,8 @@ ENTRIES = (
     Entry("bert-tiny", "ia3", "ia3", (3e-3, 1e-2, 3e-2)),
     Entry("bert-tiny", "bitfit", "bitfit", (1e-3, 3e-3, 1e-2)),
     Entry("bert-tiny", "layernorm", "layernorm", (1e-3, 3e-3, 1e-2)),
+    Entry("bert-tiny", "mask", "mask", (3e-3, 1e-2, 3e-2)),
+    Entry("bert-tiny", "diff-pruning", "diff-pruning", (3e-3, 1e-2, 3e-2)),
     Entry("minilm", "full", "full", (5e-5, 1e-4, 2e-4)),
     Entry("minilm", "head", "head", (1e-3, 3e-3, 1e-2), seeds=2),
     Entry("minilm", "houlsby", "houlsby[size=64]", (3e-4, 1e-3, 3e-3)),
@@ -170,6 +172,8 @@ ENTRIES = (
     Entry("minilm", "ia3", "ia3", (3e-3, 1e-2, 3e-2), seeds=2),
     Entry("minilm", "bitfit", "bitfit", (3e-4, 1e-3, 3e-3), seeds=2),
     Entry("minilm", "layernorm", "layernorm", (3e-4, 1e-3, 3e-3), seeds=2),
+    Entry("minilm", "mask", "mask", (3e-3, 1e-2, 3e-2)),
+    Entry("minilm", "diff-pruning", "diff-pruning", (3e-3, 1e-2, 3e-2)),
     Entry("smollm2", "zero-shot", None, epochs=0, seeds=1),
     Entry("smollm2", "full", "full", (1e-5, 3e-5, 1e-4), epochs=1, seeds=1),
     Entry("smollm2", "lora", "lora[r=8]", (5e-4, 1e-3, 2e-3), epochs=1, seeds=1),
@@ -296,7 +300,8 @@ def run(plan: Plan, cell: Cell) -> Figures:
         figures["trained_parameters"] = sum(weight.numel() for weight in adapter.parameters())
         figures |= train(cell, adapter, found)
         adapter.fold()
-        figures["deployed_parameters"] = sum(weight.numel() for weight in adapter.parameters())
+        stored = adapter.state_dict().values()
+        figures["deployed_parameters"] = sum(tensor.numel() for tensor in stored if tensor.is_floating_point())
         figures["deployed_bytes"] = saved_bytes(adapter)
     else:
         figures |= {"trained_parameters": 0, "deployed_parameters": 0, "deployed_bytes": 0}

@@ -911,6 +911,26 @@ def test_streams_and_exit_code_of_the_process(trained):
     assert failed.stderr.splitlines() == ["error: epochs='many' must be a valid number"]
 
 
+@pytest.mark.parametrize("method", ["mask[sparsity=0.05]", "diff-pruning[share=0.005]"])
+def test_methods_that_change_weights(method: str, llama: str, data: str, tmp_path: Path) -> None:
+    """Train, evaluate what was saved, merge; the file is small and `inspect` says how small."""
+    folder = tmp_path / "out"
+    done = run("train", "--model", llama, "--data", data, "--method", method, "--output", folder, *TRAIN)
+    assert done.exit_code == 0, done.output
+    after = json.loads((folder / "metrics.json").read_text())["after"]
+    again = json.loads(run("eval", folder, "--json").stdout)
+    assert again["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    said, found = run("inspect", folder).stdout, json.loads(run("inspect", folder, "--json").stdout)
+    assert (f"{found['bits']:,} bits, " in said) == method.startswith("mask") == (found["bits"] > 0)
+    assert found["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert run("merge", folder, "--output", tmp_path / "merged").exit_code == 0
+    folder = tmp_path / "other"
+    for wrong in (method.replace("=0.", "=1."), method.replace("]", ",layers=9]")):
+        line = refused("train", "--model", llama, "--data", data, "--method", wrong, "--output", folder, *TRAIN)
+        assert "must be" in line or "layers 0 to 1" in line
+    assert not folder.exists()
+
+
 def test_inspect_of_an_adapter_saved_from_python(tmp_path: Path) -> None:
     import trimtab as tt
     from tiny import tiny

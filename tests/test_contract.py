@@ -40,7 +40,10 @@ METHODS = {
 """Strings to test a method with where its defaults are too large for a tiny model."""
 ALWAYS = ("prompt", "lora", "houlsby", "prefix")
 SHORT = ("llama", "gpt2", "bert", "t5")
-EXACT_START = ("lora", "head", "ia3", "bitfit", "layernorm", "parallel", "llama-adapter", "llama-adapter-v2")
+EXACT_START = (
+    *("lora", "head", "ia3", "bitfit", "layernorm", "parallel", "llama-adapter", "llama-adapter-v2"),
+    "diff-pruning",
+)
 """Methods whose paper starts exactly at the base model."""
 IDLE = dict.fromkeys(
     ("clip", "clip_vision_model"), ("norm_post_layernorm.copy.weight", "norm_post_layernorm.copy.bias")
@@ -57,6 +60,8 @@ VARIANTS = {
     "p-tuning-v2[length=4,dropout=0,network=true,hidden=8]": ("bert", "roberta", "gpt2"),
     "llama-adapter[length=4,gates=layer,tanh=false,layers=-2:]": SHORT,
     "autoprompt[length=4,ids=5,9,11,3,behind=1]": ENCODERS,
+    "mask[sparsity=0.4,layers=0:,init=magnitude]": (*SHORT, "gpt_neox", "phi3", "bloom"),
+    "diff-pruning[structured=true,targets=q,v,down]": (*SHORT, "gpt_neox"),
 }
 """Forms of a method that its defaults do not show."""
 UNIONS = (
@@ -67,6 +72,8 @@ UNIONS = (
     "parallel[size=4]|prefix[length=3,hidden=8]",
     "prefix[length=3,hidden=8]|prompt[length=2]|llama-adapter[length=3]",
     "lora[r=2]|autoprompt[length=2,ids=5,9]",
+    "lora[r=2]|mask[layers=0:]|ia3",
+    "mask[layers=0:]|diff-pruning[layers=1:]",
 )
 
 

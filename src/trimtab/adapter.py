@@ -116,6 +116,20 @@ class Adapter:
         """The parts that improve by search instead of by an optimizer; a loop calls `search` on each (contract.py)."""
         return [part for part in self._entry.members() if hasattr(part, "search")]
 
+    def progress(self, done: float) -> None:
+        """Tell the method which share of the optimizer's steps is done: a loop does so before each, with 1 at the end.
+
+        Methods that train in phases need it (contract.py); for the others it does nothing.
+        """
+        entry: Any = self._entry
+        if hasattr(entry.method, "progress"):
+            entry.method.progress(list(entry.members()), done)
+
+    def extra_loss(self) -> torch.Tensor | float:
+        """The method's own term of the loss, 0 for most; a loop adds it once an optimizer step."""
+        entry: Any = self._entry
+        return entry.method.extra_loss(list(entry.members())) if hasattr(entry.method, "extra_loss") else 0.0
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The trained tensors (not folded), detached, by name."""
         return dict(self._trained().state_dict())
@@ -203,6 +217,12 @@ class Adapter:
         entry.labels = tuple(labels)
         if self.active:
             self.activate()
+
+    def fit_tensors(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Give tensors that are as long as training makes them these lengths; their values are to be loaded."""
+        for path, part in self._entry.parts.named_modules():
+            if hasattr(part, "fit"):
+                part.fit({name: state[f"{path}.{name}"] for name in part.state_dict() if f"{path}.{name}" in state})
 
     def save(self, folder: str | Path, *, task: Mapping[str, Any] | None = None) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors` (folded) into `folder`, atomically."""
@@ -500,12 +520,12 @@ def _reads_trained(stack: str, claimed: Sequence[Site]) -> bool:
 def _merged(site: LinearSite, part: nn.Module) -> Callable[[], None]:
     """Computes the merged weight now, so that a refusal comes before any change; the call writes it.
 
-    What acts on the projection's input comes last: it is also the input of the parts that change the weight.
+    What makes the weight itself comes first, and what acts on the projection's input last: the others read that, too.
     """
     bias = site.bias()
     new = _at_least_float32(site.weight()), None if bias is None else _at_least_float32(bias)
     with torch.no_grad():
-        for member in sorted(members(part), key=lambda member: hasattr(member, "before")):
+        for member in sorted(members(part), key=lambda one: (not hasattr(one, "effective"), hasattr(one, "before"))):
             new = member.merged(*new)
     return lambda: site.write(*new)
 

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab.adapter import Adapter, attach, folded_method, folded_parts
+from trimtab.adapter import Adapter, Entry, attach, folded_method, folded_parts
+from trimtab.contract import folded
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict, method_to_dict
 from trimtab.sites import HeadSite
@@ -34,6 +35,8 @@ WHOLE_CONFIG = "trimtab_config.json"
 """The configuration beside a whole model: transformers would take an `adapter_config.json` there for peft's."""
 WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
+BITS = "bits"
+"""The key under which the safetensors file says how many packed bits it holds."""
 _METHOD = "method"
 """The key under which the safetensors file says whose tensors it holds."""
 _SAMPLES = 1024  # elements of each tensor that enter the fingerprint
@@ -139,7 +142,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
         write_json(folder / WHOLE_CONFIG, config)
     else:
         tensors = folded_state(adapter)
-        metadata = {"format": "pt", _METHOD: json.dumps(config["method"], sort_keys=True)}
+        metadata = {"format": "pt", _METHOD: json.dumps(config["method"], sort_keys=True), **packed(entry)}
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
         write_json(folder / CONFIG, config)
     return folder
@@ -147,8 +150,14 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
 
 def folded_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The adapter's tensors in their inference form, contiguous and on the CPU; the adapter itself stays as it is."""
-    folded = folded_parts(adapter._entry.parts)
-    return {key: tensor.detach().to("cpu").contiguous() for key, tensor in folded.state_dict().items()}
+    parts = folded_parts(adapter._entry.parts)
+    return {key: tensor.detach().to("cpu").contiguous() for key, tensor in parts.state_dict().items()}
+
+
+def packed(entry: Entry) -> dict[str, str]:
+    """What a file says of tensors that hold bits, eight a byte: how many bits they are."""
+    count = sum(getattr(folded(part), "packed", 0) for part in entry.members())
+    return {BITS: str(count)} if count else {}
 
 
 def describe_base(model: PreTrainedModel) -> dict[str, Any]:
@@ -257,6 +266,7 @@ def load(
     try:
         if labels:
             adapter.fit_head(labels)
+        adapter.fit_tensors(tensors)
         adapter.load_state_dict(tensors)
     except BaseException:
         adapter.detach()

@@ -3,7 +3,8 @@
 A method is a frozen dataclass. `build` gives each site that it claims one part, an nn.Module whose parameters are the
 trained tensors there. What the frame calls on a part depends on the site's kind:
 
-    linear   forward(x [..., in], y [..., out]) -> y', or before(x) -> x' in front of the projection;
+    linear   forward(x [..., in], y [..., out]) -> y', or before(x) -> x' in front of the projection, or
+             effective(weight [out, in]) -> weight', which the projection computes with in place of its own;
              merged(weight, bias) -> (weight, bias), if the method merges
     activation   forward(output, input=…, stream=…) -> output'; `reads` names what it wants of input and stream
     norm     forward(x, y) -> y'                           write_into(module), if the method merges
@@ -34,7 +35,12 @@ one that trains a template's pseudo tokens has `for_template(count) -> method` (
 the place of what the base has there, so that no other part may act at its site; `draws = True` on a part that it draws
 anew at every call while training, so that a forward cannot be taken apart (prefix_share.py), and `whole = True` that
 it reads all of a forward, layers and tokens, so that neither may be left out; `undecayed` names its tensors that weight
-decay would pull to a value with a meaning of its own.
+decay would pull to a value with a meaning of its own;
+`packed` on a part is how many bits its tensors hold, eight a byte; one whose tensors are as long as training makes them
+has `fit(tensors)`, called before they are loaded. A method that trains in phases has `progress(parts, done)`, called
+before each optimizer step with the share of them that is done, and with 1 behind the last; what it does there follows
+from `done` and the trained tensors, so that a resumed run does the same. One with a term of its own in the loss has
+`extra_loss(parts) -> tensor`, added once an optimizer step.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import nn
 
 from trimtab.copies import ModuleCopy
 from trimtab.errors import UserError
-from trimtab.sites import ActivationSite, HeadSite, Interleaved, LinearSite, NormSite, Span
+from trimtab.sites import ActivationSite, HeadSite, Interleaved, LinearSite, Module, NormSite, Span
 
 
 class Switch:
@@ -159,8 +159,78 @@ class InputHook:
         return (self.part.before(args[0]), *args[1:]) if self.switch.on else None
 
 
+class WeightHook:
+    """W -> part.effective(W) for one call of a projection: the base's parameter is hidden meanwhile, not changed.
+
+    One hook does it for all parts that an adapter has at a module, of which a fused one may have several. What parts in
+    their inference form make is kept until one of the tensors changes or another adapter acts: it costs nothing then.
+    """
+
+    def __init__(self, module: Module, switch: Switch):
+        self.module, self.switch = module, switch
+        self.members: list[tuple[LinearSite, Any]] = []
+        self.lent: torch.Tensor | None = None
+        self.kept: tuple[list[torch.Tensor], list[Any], torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lent": None, "kept": None}
+
+    def begin(self, module: Module, args: tuple[Any, ...]) -> None:
+        """Put the effective weight in place, in front of the call."""
+        self.remove()  # what a call that was broken off has left
+        if self.switch.on:
+            self.lent = module.__dict__["weight"] = self._weight()
+        else:
+            self.kept = None
+
+    def end(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
+        """Behind the call, also one that raised."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the module its own weight back."""
+        if self.lent is not None and self.module.__dict__.get("weight") is self.lent:
+            del self.module.__dict__["weight"]
+        self.lent = None
+
+    def _weight(self) -> torch.Tensor:
+        if any(True for _, part in self.members for _ in part.parameters()):
+            return self.switch.once(self, self._make)
+        tensors = [self.module.weight, *(buffer for _, part in self.members for buffer in part.buffers())]
+        if any(tensor.is_inference() for tensor in tensors):  # these do not tell when they change
+            return self._make()
+        states = [(tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
+        if self.kept is None or not _same(self.kept[0], tensors) or self.kept[1] != states:
+            with torch.inference_mode(False), torch.no_grad():
+                self.kept = tensors, states, self._make()
+        return self.kept[2]
+
+    def _make(self) -> torch.Tensor:
+        """The effective weight in the module's own orientation."""
+        for site, part in self.members:
+            site.lend(part.effective(site.weight()))
+        return self.module.__dict__.pop("weight")
+
+
+def _same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))
+
+
+def _install_weight(site: LinearSite, part: Any, switch: Switch) -> list[Any]:
+    hooks = [getattr(begin, "__self__", None) for begin in site.module._forward_pre_hooks.values()]
+    known = next((hook for hook in hooks if isinstance(hook, WeightHook) and hook.switch is switch), None)
+    hook = known or WeightHook(site.module, switch)
+    hook.members.append((site, part))
+    if known is not None:
+        return []
+    begin = site.module.register_forward_pre_hook(hook.begin)
+    return [begin, site.module.register_forward_hook(hook.end, always_call=True), hook]
+
+
 def install_linear(site: LinearSite, part: Any, switch: Switch) -> list[Any]:
-    """Hooks `part` to the projection's output, or to its input if the part has `before`."""
+    """Hooks `part` to the projection's output, to its input (`before`) or to its weight (`effective`)."""
+    if hasattr(part, "effective"):
+        return _install_weight(site, part, switch)
     if hasattr(part, "before"):
         return [site.module.register_forward_pre_hook(InputHook(part, switch))]
     return [site.module.register_forward_hook(LinearHook(part, switch, site.span))]

@@ -10,7 +10,8 @@ import json
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -93,6 +94,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return {
         "folder": folder.resolve().name,
         "metrics": read_object(folder / METRICS) or _stored(folder / WEIGHTS),
+        "bits": _bits(folder / WEIGHTS),
         "run": read_yaml(folder / RUN, typed=True) if (folder / RUN).is_file() else {},
         "log": _read_lines(folder / LOG),
         "adapter": _read_adapter(folder),
@@ -103,18 +105,33 @@ def _stored(weights: Path) -> dict[str, Any]:
     """What the file of an adapter saved from Python says of its size, in the form of metrics.json."""
     if not weights.is_file():
         return {}
-    from math import prod
+    with _safetensors(weights) as file:
+        stored = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
+        trained = [one for one in stored if "F" in one.get_dtype()]  # F32, BF16, …: not the ids of a found text
+        count = sum(math.prod(one.get_shape()) for one in trained)
+    return {"parameters": {"trainable": count}, "bytes": weights.stat().st_size}
 
+
+def _bits(weights: Path) -> int:
+    """How many bits, packed eight a byte, an adapter's file says it holds; 0 for most."""
+    from trimtab.checkpoint import BITS
+
+    if not weights.is_file():
+        return 0
+    with _safetensors(weights) as file:
+        return int((file.metadata() or {}).get(BITS, 0))
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """An open file. Raises UserError where it is broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(weights, framework="np") as file:
-            stored = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
-            trained = [one for one in stored if "F" in one.get_dtype()]  # F32, BF16, …: not the ids of a found text
-            count = sum(prod(one.get_shape()) for one in trained)
+        with safe_open(path, framework="np") as file:
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{str(weights)!r} cannot be read as safetensors: {error}") from None
-    return {"parameters": {"trainable": count}, "bytes": weights.stat().st_size}
+        raise UserError(f"{str(path)!r} cannot be read as safetensors: {error}") from None
 
 
 def _read_adapter(folder: Path) -> dict[str, Any]:
@@ -172,6 +189,7 @@ def summary(folder: str | Path) -> dict[str, Any]:
         "data": run.get("data"),
         "parameters": metrics.get("parameters") or {},
         "bytes": metrics.get("bytes"),
+        "bits": facts["bits"],
         "train": metrics.get("train") or {},
         "before": metrics.get("before") or {},
         "after": metrics.get("after") or {},
@@ -242,11 +260,12 @@ def task_text(task: Mapping[str, Any]) -> str:
 
 
 def size_line(facts: dict[str, Any]) -> str:
-    """How many parameters and bytes the tuned part takes, in one line."""
+    """How many parameters, bits and bytes the tuned part takes, in one line."""
     counted, stored = facts["metrics"].get("parameters") or {}, facts["metrics"].get("bytes")
     share = counted.get("share")
     of_base = f" ({share:.3%} of {number(counted.get('total'))})" if isinstance(share, (int, float)) else ""
-    return f"{number(counted.get('trainable'))} trained parameters{of_base}, {size(stored)} on disk"
+    bits = f"{amount(facts['bits'])} bits, " if facts["bits"] else ""
+    return f"{number(counted.get('trainable'))} trained parameters{of_base}, {bits}{size(stored)} on disk"
 
 
 def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -277,6 +296,11 @@ def number(value: Any) -> str:
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) >= 1000):
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def amount(count: int) -> str:
+    """A number for people: 71368704 -> '71.4 M', 1234 -> '1,234'."""
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def size(count: Any) -> str:

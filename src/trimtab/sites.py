@@ -96,6 +96,15 @@ class LinearSite:
                 own = self.module.bias
                 own.copy_(bias if self.span is None else self.span.put(own, bias.to(own.dtype)))
 
+    def lend(self, weight: torch.Tensor) -> None:
+        """Have the module compute with a weight [out, in], in its share of a fused one; its own is hidden, not changed.
+
+        Until the lent weight is taken out of the module's `__dict__`, `module.weight` and `self.weight()` are it.
+        """
+        whole = self._in_out()
+        lent = weight.T if self.span is None else self.span.put(whole, weight.T)
+        self.module.__dict__["weight"] = lent if isinstance(self.module, Conv1D) else lent.T
+
     def _in_out(self) -> torch.Tensor:
         """A view of the module's whole weight [in, all out]."""
         weight = self.module.weight

@@ -95,7 +95,7 @@ class Trainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         scaled = getattr(self.accelerator, "scaler", None) is not None
         guard, search = Guard(self.meter, self._gradients, scaled), _Search(self._search)
-        for callback in (guard, search, self.step_log, self.bar, self.interrupt):
+        for callback in (guard, search, _Progress(self.adapter), self.step_log, self.bar, self.interrupt):
             self.add_callback(callback)
 
     # Training
@@ -210,7 +210,9 @@ class Trainer(transformers.Trainer):
                     f"this loss is transformers' own, which has no mean per {self.loss_per}; use loss_per=token"
                 )
             found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return found if return_outputs or not model.training else found / self.current_gradient_accumulation_steps
+            if return_outputs or not model.training:
+                return found
+            return found / self.current_gradient_accumulation_steps + self._extra_loss(model)
         over = num_items_in_batch
         if over is None and self.loss_per != "token":
             over = count(objective, base, inputs["labels"], self.loss_per).clamp(min=1)
@@ -221,7 +223,14 @@ class Trainer(transformers.Trainer):
             loss = loss + weight * objective.divergence(logits, again, over)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which then average their gradients
+        loss = loss + self._extra_loss(model)
         return (loss, outputs) if return_outputs else loss
+
+    def _extra_loss(self, model: nn.Module) -> Tensor | float:
+        """This batch's share of the method's own term, which counts once an optimizer step; 0 in evaluation."""
+        if not model.training:
+            return 0.0
+        return self.adapter.extra_loss() / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _objective(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | None:
         """What is learned, unless the user asked for another loss."""
@@ -392,6 +401,21 @@ class _Search(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One step of the search for each of the optimizer."""
         self.search(state.global_step)
+
+
+class _Progress(TrainerCallback):
+    """Tells the method how far training is."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The share of the optimizer's steps that is done."""
+        self.adapter.progress(state.global_step / max(1, state.max_steps))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """All there will be, however training ended."""
+        self.adapter.progress(1.0)
 
 
 class _EpochSetter(TrainerCallback):

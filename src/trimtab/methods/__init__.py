@@ -8,6 +8,7 @@ from trimtab.contract import Method
 from trimtab.methods.adamix import AdaMix
 from trimtab.methods.autoprompt import AutoPrompt
 from trimtab.methods.bitfit import BitFit
+from trimtab.methods.diff_pruning import DiffPruning
 from trimtab.methods.full import Full
 from trimtab.methods.head import Head
 from trimtab.methods.houlsby import Houlsby
@@ -17,6 +18,7 @@ from trimtab.methods.layernorm import LayerNorm
 from trimtab.methods.llama_adapter import LlamaAdapter
 from trimtab.methods.llama_adapter_v2 import LlamaAdapterV2
 from trimtab.methods.lora import LoRA
+from trimtab.methods.mask import Mask
 from trimtab.methods.p_tuning import PTuning
 from trimtab.methods.p_tuning_v2 import PTuningV2
 from trimtab.methods.parallel import Parallel

@@ -102,6 +102,17 @@ class Union:
         members: list[Any] = list(self.methods)
         return Union(tuple(one.found(parts) if hasattr(one, "found") else one for one in members))
 
+    def progress(self, parts: Sequence[Any], done: float) -> None:
+        """To the members that train in phases."""
+        members: list[Any] = [method for method in self.methods if hasattr(method, "progress")]
+        for method in members:
+            method.progress(parts, done)
+
+    def extra_loss(self, parts: Sequence[Any]) -> Any:
+        """The members' own terms of the loss added."""
+        members: list[Any] = [method for method in self.methods if hasattr(method, "extra_loss")]
+        return sum(method.extra_loss(parts) for method in members)
+
 
 def _check_gradients(claims: Mapping[Site, Mapping[str, nn.Module]]) -> None:
     """Raises UserError where a member acts inside a base that another one has run without gradients."""
