@@ -57,6 +57,9 @@ VARIANTS = {
     "p-tuning-v2[length=4,dropout=0,network=true,hidden=8]": ("bert", "roberta", "gpt2"),
     "llama-adapter[length=4,gates=layer,tanh=false,layers=-2:]": SHORT,
     "autoprompt[length=4,ids=5,9,11,3,behind=1]": ENCODERS,
+    "ladder[reduction=4,dropped=1,start=random,merge_last=true]": SHORT,
+    "side[network=mlp]": SHORT,
+    "side[reduction=1,layers=0:2,fuse=product]": SHORT,
 }
 """Forms of a method that its defaults do not show."""
 UNIONS = (

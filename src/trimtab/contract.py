@@ -17,7 +17,7 @@ trained tensors there. What the frame calls on a part depends on the site's kind
     states   forward(reading, own) -> [B, n, width], in place of what leaves the stack; `reading` (states.Reading) has
              what its layers read and gave, which run without gradients; `layers` are those that the part's own layers
              stand beside, in order, for room in caches; beside an encoder that a decoder attends to, what it gives
-             reaches the decoder's part as `reading.memory`
+             reaches the decoder's part, if that has `reads_encoder`, as `reading.memory`
     head     forward(hidden) -> logits, in place of the base's head
 
 Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which

@@ -60,7 +60,7 @@ class Reader:
             return None
         kwargs = named_arguments(body, args, kwargs)
         memory = None
-        if self.site.encoder is not None and kwargs.get("encoder_hidden_states") is not None:
+        if self.part.reads_encoder and kwargs.get("encoder_hidden_states") is not None:
             kwargs["encoder_hidden_states"], memory = self._parted(kwargs["encoder_hidden_states"])
         self.readings.append(Reading(memory, [layer.training for layer in self.site.layers]))
         for layer in self.site.layers:

@@ -102,6 +102,7 @@ class LadderNetwork(nn.Module):
     def __init__(self, site: StatesSite, method: Ladder, layers: list[int], units: Units | None):
         super().__init__()
         narrow = site.width // method.reduction
+        self.reads_encoder = site.encoder is not None
         self.temperature, self.merge_last = method.temperature, method.merge_last
         self.first = nn.Linear(site.width, narrow)
         self.downs = nn.ModuleList(nn.Linear(site.width, narrow) for _ in layers)
