@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Full,
         Head,
         Houlsby,
+        Ladder,
         LayerNorm,
         LlamaAdapter,
         LlamaAdapterV2,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         Prompt,
         PTuning,
         PTuningV2,
+        Side,
         Union,
     )
     from trimtab.settings import TrainSettings
@@ -66,6 +68,7 @@ __all__ = [
     "Full",
     "Head",
     "Houlsby",
+    "Ladder",
     "LayerNorm",
     "LlamaAdapter",
     "LlamaAdapterV2",
@@ -77,6 +80,7 @@ __all__ = [
     "Pfeiffer",
     "Prefix",
     "Prompt",
+    "Side",
     "TrainSettings",
     "Trainer",
     "Union",
