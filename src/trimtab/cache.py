@@ -6,6 +6,9 @@ Below the lowest trained layer a row's hidden states depend on its own tokens al
 computes them (there is no filling pass of its own) and every later forward of the same row, in the next epoch or the
 next evaluation, begins at that layer: same loss, same gradients. A row is known by a digest of its tokens, so the text,
 its template, the tokenizer and the length it was cut to are all part of the key.
+
+A side network trains above all layers and reads some of their outputs. Then those are kept, side by side, and a later
+forward runs no layer of the base at all.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter
 from trimtab.hooks import named_arguments
 from trimtab.sites import EmbedsSite, HeadSite, Module
+from trimtab.states import Reader, ReaderHandle, states_of
 from trimtab.store import Store
 
 _ALONE = frozenset({"input_ids", "attention_mask", "token_type_ids", "pixel_values", "position_ids"})
@@ -43,21 +47,27 @@ def trunk_height(adapter: Adapter) -> int:
     stacks = attachments.sites.layer_modules
     if getattr(entry.method, "whole_model", False) or len(stacks) != 1 or len(attachments.sites.embeds) != 1:
         return 0
-    if any(getattr(part, "whole", False) for part in entry.members()):
-        return 0
     (layers,) = stacks.values()
     claimed = [site.layer for site in entry.sites if not isinstance(site, HeadSite)]
     return max(0, min([*claimed, len(layers)]))
 
 
+def tapped_layers(adapter: Adapter) -> list[int]:
+    """The layers whose outputs are kept: the trunk's last one, and those that the adapter reads."""
+    attachments: Any = adapter.model.trimtab
+    entry: Any = attachments.entries[adapter.name]
+    read = {at for part in entry.members() for at in getattr(part, "taps", ())}
+    return sorted(read | {trunk_height(adapter) - 1})
+
+
 def trunk_facts(adapter: Adapter, fingerprint: str) -> dict[str, Any]:
     """What states depend on besides a row's tokens: a store made from other facts is not to be used."""
     return {
-        "format": 2,
+        "format": 3,
         "base": fingerprint,
         "config": _config_digest(adapter.model.config),
         "dtype": str(adapter.model.dtype),
-        "layers": trunk_height(adapter),
+        "layers": tapped_layers(adapter),
     }
 
 
@@ -75,7 +85,7 @@ def cached_trunk(adapter: Adapter, store: Store) -> Iterator[None]:
         yield
         return
     (site,) = attachments.sites.embeds
-    trunk = Trunk(attachments, site, store, adapter.name)
+    trunk = Trunk(attachments, site, store, adapter.name, tapped_layers(adapter))
     layers = _module_list(site.body, site.layers[0])
     attachments.replaying = True
     handles = [
@@ -83,7 +93,7 @@ def cached_trunk(adapter: Adapter, store: Store) -> Iterator[None]:
         site.body.register_forward_hook(trunk.end, always_call=True),
     ]
     for at in range(height):
-        layers[at] = Replay(site.layers[at], trunk, last=at == height - 1)
+        layers[at] = Replay(site.layers[at], trunk, at)
     try:
         yield
     finally:
@@ -101,11 +111,15 @@ class Frame:
     def __init__(self, keys: list[str], start: int, mask: Tensor | None):
         self.keys, self.start, self.mask = keys, start, mask
         self.known: list[Tensor] | None = None
+        """Each row's kept states [n, taps · width], of all kept layers side by side."""
+        self.run: list[Tensor] = []
+        """What the kept layers gave [B, n, width] in a forward that runs them."""
 
-    def padded(self, like: Tensor) -> Tensor:
-        """The known states as [B, n, width], 0 where there is padding."""
+    def padded(self, like: Tensor, number: int) -> Tensor:
+        """The known states of the kept layer `number` as [B, n, width], 0 where there is padding."""
         assert self.known is not None
-        states = torch.cat(self.known).to(like)
+        width = like.shape[-1]
+        states = torch.cat([row[:, number * width : (number + 1) * width] for row in self.known]).to(like)
         if self.mask is None:
             return states.view(like.shape)
         return torch.zeros_like(like).masked_scatter_(self.mask[..., None], states)
@@ -114,8 +128,12 @@ class Frame:
 class Trunk:
     """The replayed layers of one stack, and the forwards of it that are going on."""
 
-    def __init__(self, attachments: Any, site: EmbedsSite, store: Store, name: str):
+    def __init__(self, attachments: Any, site: EmbedsSite, store: Store, name: str, taps: list[int]):
         self.attachments, self.site, self.store, self.name = attachments, site, store, name
+        self.taps = taps
+        """The layers whose outputs are kept; the last one is the trunk's last."""
+        handles = attachments.entries[name].handles
+        self.reader: Reader | None = next((own.reader for own in handles if isinstance(own, ReaderHandle)), None)
         self.frames: list[Frame | None] = []
         self.tuples: bool | None = None
         """Whether the layers give tuples, as the first forward shows."""
@@ -144,13 +162,18 @@ class Trunk:
         """The forward is over."""
         self.frames.pop()
 
-    def keep(self, states: Tensor) -> None:
-        """Keep the states [B, n, width] that the last replayed layer gave."""
+    def keep(self, at: int, states: Tensor) -> None:
+        """Keep the states [B, n, width] that a layer gave, with those below it, once the trunk's last is there."""
         frame = self.frame
-        if frame is None:
+        if frame is None or at not in self.taps:
             return
+        frame.run.append(states)
+        if at != self.taps[-1]:
+            return
+        whole = torch.cat(frame.run, dim=-1)
+        frame.run.clear()
         for row, key in enumerate(frame.keys):
-            own = states[row] if frame.mask is None else states[row][frame.mask[row]]
+            own = whole[row] if frame.mask is None else whole[row][frame.mask[row]]
             self.store.put(key, frame.start, own)
 
     def _frame(self, given: dict[str, Any]) -> Frame | None:
@@ -192,28 +215,44 @@ class Trunk:
 
 
 class Replay(nn.Module):
-    """A frozen layer, or in its place the states that the trunk's last layer gave the same rows."""
+    """A frozen layer, or in its place the states that it gave the same rows, where they are kept."""
 
-    def __init__(self, layer: nn.Module, trunk: Trunk, last: bool):
+    def __init__(self, layer: nn.Module, trunk: Trunk, at: int):
         super().__init__()
         for own in ("_parameters", "_buffers", "_modules"):
             setattr(self, own, getattr(layer, own))  # the model's tensors keep their names
-        self.hidden, self.last = (layer, trunk), last  # in a tuple: they are no sub-modules of this one
+        self.hidden, self.at = (layer, trunk), at  # in a tuple: they are no sub-modules of this one
         if hasattr(layer, "attention_type"):
             self.attention_type = layer.attention_type  # some models choose a layer's mask by it
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[B, n, width] -> [B, n, width], in the form that the layer gives it"""
-        layer, trunk = self.hidden
+        _, trunk = self.hidden
         frame = trunk.frame
         if frame is not None and frame.known is not None:
-            states = frame.padded(hidden_states) if self.last else hidden_states
-            return (states,) if trunk.tuples else states
-        with torch.no_grad():
-            output = layer(hidden_states, *args, **kwargs)
+            return self._replayed(frame, (hidden_states, *args), kwargs)
+        return self._run((hidden_states, *args), kwargs)
+
+    def _replayed(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is kept of the layer, else its input, which nobody reads; a reader hears of it as of a real call."""
+        layer, trunk = self.hidden
+        kept = self.at in trunk.taps
+        states = frame.padded(args[0], trunk.taps.index(self.at)) if kept else args[0]
+        output = (states,) if trunk.tuples else states
+        if trunk.reader is None:
+            return output
+        trunk.reader.enter(layer, args, kwargs)
+        trunk.reader.leave(layer, args, kwargs, output)
+        replaced = trunk.reader.replace(layer, args, output) if trunk.reader.site.end is layer else None
+        return output if replaced is None else replaced
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer, trunk = self.hidden
+        reading = None if trunk.reader is None else trunk.reader.reading
+        with nullcontext() if reading else torch.no_grad():  # a side network may begin at a layer's output
+            output = layer(*args, **kwargs)
         trunk.tuples = isinstance(output, tuple)
-        if self.last:
-            trunk.keep(output[0] if trunk.tuples else output)
+        trunk.keep(self.at, states_of(output) if reading is None else reading.states[-1])
         return output
 
 

@@ -20,7 +20,6 @@ from transformers import DynamicCache
 import trimtab as tt
 from side_by_hand import HOW, bert_block, llama_block, moved, normed, padded, rows
 from tiny import CAUSAL, FAMILIES, SEQ2SEQ, inputs, output, tiny
-from trimtab.cache import trunk_height
 from trimtab.methods import Ladder
 from trimtab.narrow import Units
 from trimtab.prefix_share import draws
@@ -233,6 +232,7 @@ def test_a_cache_of_the_bare_base_is_refused() -> None:
             model(input_ids=ids, past_key_values=cache)
         with pytest.raises(tt.UserError, match="cached without the adapter"):
             model(input_ids=ids[:, :1], past_key_values=cache)
+        assert torch.is_grad_enabled()
 
 
 def test_an_encoder_run_by_the_bare_base_is_refused() -> None:
@@ -242,6 +242,7 @@ def test_an_encoder_run_by_the_bare_base_is_refused() -> None:
         bare = model.get_encoder()(batch["input_ids"])
     with pytest.raises(tt.UserError, match="made without the adapter"):
         model(encoder_outputs=bare, decoder_input_ids=batch["decoder_input_ids"])
+    output(model, batch)
 
 
 @pytest.mark.parametrize("family", SEQ2SEQ)
@@ -385,8 +386,3 @@ def test_merging_is_refused() -> None:
     _, adapter = moved("llama", "ladder[reduction=2]")
     with pytest.raises(tt.UserError, match="cannot be merged"):
         adapter.merge()
-
-
-def test_the_trunk_has_no_height_yet() -> None:
-    _, adapter = moved("llama", "ladder[reduction=2]")
-    assert trunk_height(adapter) == 0

@@ -119,6 +119,11 @@ class LadderNetwork(nn.Module):
         """The layers that the side blocks stand beside."""
         return self.side.layers
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers whose outputs are read."""
+        return self.layers
+
     def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
         """The stack's states and its own output [batch, length, width] -> [batch, length, width], or width / r"""
         precision = self.gates.dtype
