@@ -27,8 +27,11 @@ METHODS = (
     "llama-adapter[length=3,layers=-1:]",
     "prefix[length=3,hidden=8,layers=-1:]",
     "head",
-    "ladder[reduction=2,dropped=1]",
-    "ladder[reduction=2,merge_last=true]",
+    "ladder[reduction=2]",
+    "ladder[reduction=2,layers=0:2]",
+    "ladder[reduction=4,layers=0,merge_last=true]",
+    "side",
+    "side[network=mlp]",
 )
 ONE_STACK = [family for family in FAMILIES if family not in ("t5", "bart", "whisper")]
 
@@ -94,6 +97,60 @@ def test_together_with_shared_tokens(family: str) -> None:
     assert len(calls) == 2  # the shared tokens with the rest, and the whole rows: their beginnings were not kept
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "bert", "modernbert", "vit"])
+@pytest.mark.parametrize("method", ["ladder[reduction=2,dropped=1]", "side"])
+def test_a_side_network_runs_no_layer_of_the_base_again(method: str, family: str) -> None:
+    """Nor with other rows beside it, nor when it is disabled: the base's own output is kept as well."""
+    adapter = attached(family, method)
+    batch = inputs(family)
+    turned = {name: value.flip(0) for name, value in batch.items()}
+    plain, _ = gradients(adapter, batch)
+    with adapter.disabled():
+        base = output(adapter.model, batch)
+    calls: list[int] = []
+    for site in adapter.model.trimtab.sites.linear:
+        if site.role in ("o", "down"):
+            site.module.register_forward_hook(lambda *_: calls.append(1) and None)
+    with cached_trunk(adapter, Store(ENOUGH)):
+        gradients(adapter, batch)
+        ran = len(calls)
+        assert ran == 6
+        found, _ = gradients(adapter, turned)
+        torch.testing.assert_close(found, plain.flip(0), rtol=0, atol=1e-5)
+        with adapter.disabled():
+            torch.testing.assert_close(output(adapter.model, batch), base, rtol=0, atol=1e-5)
+        assert len(calls) == ran
+
+
+def test_padded_rows_of_a_ladder_are_known_elsewhere() -> None:
+    from trimtab.batches import Collator
+
+    adapter = attached("llama", "ladder[reduction=2]")
+    adapter.model.eval()
+    torch.manual_seed(3)
+    rows = [torch.randint(3, 50, (length,)).tolist() for length in (9, 4, 7)]
+
+    def padded(chosen: list[int]) -> dict[str, Any]:
+        return Collator(0)([{"input_ids": rows[at]} for at in chosen])  # type: ignore[arg-type]
+
+    plain = [output(adapter.model, padded([at]))[0] for at in range(3)]
+    calls = calls_of_first_layer(adapter)
+    with cached_trunk(adapter, Store(ENOUGH)):
+        output(adapter.model, padded([0, 1, 2]))
+        for chosen in ([2, 1], [1], [1, 0]):
+            batch = padded(chosen)
+            found = output(adapter.model, batch)
+            for row, at in enumerate(chosen):
+                own = found[row][batch["attention_mask"][row].bool()]
+                torch.testing.assert_close(own, plain[at], rtol=0, atol=1e-5)
+        assert len(calls) == 1
+        generated = adapter.model.generate(**padded([1]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert len(calls) == 5  # generation with a cache of keys and values runs as always
+    assert torch.equal(
+        generated, adapter.model.generate(**padded([1]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    )
+
+
 def test_rows_are_known_in_other_batches_and_paddings() -> None:
     adapter = attached("llama", "lora[r=2,layers=-1:]")
     torch.manual_seed(3)
@@ -123,9 +180,11 @@ def test_heights() -> None:
     expected = {
         "lora[r=2]": 0, "lora[r=2,layers=-1:]": 2, "prompt[length=2]": 0, "head": 3, "bitfit": 0, "layernorm": 0,
         "llama-adapter[length=2,layers=-2:]": 1, "houlsby[size=4,layers=-1:]": 0, "pfeiffer[size=4,layers=-1:]": 2,
+        "ladder[reduction=2]": 3, "side": 3,
     }  # fmt: skip
     assert {method: trunk_height(attached("bert", method)) for method in expected} == expected
-    assert trunk_height(attached("t5", "lora[r=2,layers=-1:]")) == 0
+    for method in ("lora[r=2,layers=-1:]", "ladder[reduction=2]", "side"):
+        assert trunk_height(attached("t5", method)) == 0
     assert trunk_height(tt.attach(tiny("llama"), "full")) == 0
 
 

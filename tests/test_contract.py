@@ -62,6 +62,9 @@ VARIANTS = {
     "autoprompt[length=4,ids=5,9,11,3,behind=1]": ENCODERS,
     "mask[sparsity=0.4,layers=0:,init=magnitude]": (*SHORT, "gpt_neox", "phi3", "bloom"),
     "diff-pruning[structured=true,targets=q,v,down]": (*SHORT, "gpt_neox"),
+    "ladder[reduction=4,dropped=1,start=random,merge_last=true]": SHORT,
+    "side[network=mlp]": SHORT,
+    "side[reduction=1,layers=0:2,fuse=product]": SHORT,
 }
 """Forms of a method that its defaults do not show."""
 UNIONS = (

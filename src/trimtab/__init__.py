@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Full,
         Head,
         Houlsby,
+        Ladder,
         LayerNorm,
         LlamaAdapter,
         LlamaAdapterV2,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         Prompt,
         PTuning,
         PTuningV2,
+        Side,
         Union,
     )
     from trimtab.settings import TrainSettings
@@ -69,6 +71,7 @@ __all__ = [
     "Full",
     "Head",
     "Houlsby",
+    "Ladder",
     "LayerNorm",
     "LlamaAdapter",
     "LlamaAdapterV2",
@@ -81,6 +84,7 @@ __all__ = [
     "Pfeiffer",
     "Prefix",
     "Prompt",
+    "Side",
     "TrainSettings",
     "Trainer",
     "Union",

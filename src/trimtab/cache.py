@@ -47,8 +47,6 @@ def trunk_height(adapter: Adapter) -> int:
     stacks = attachments.sites.layer_modules
     if getattr(entry.method, "whole_model", False) or len(stacks) != 1 or len(attachments.sites.embeds) != 1:
         return 0
-    if any(getattr(part, "whole", False) for part in entry.members()):
-        return 0
     (layers,) = stacks.values()
     claimed = [site.layer for site in entry.sites if not isinstance(site, HeadSite)]
     return max(0, min([*claimed, len(layers)]))
@@ -58,9 +56,9 @@ def kept_layers(adapter: Adapter) -> tuple[int, ...]:
     """The layers whose outputs are kept: the last one below everything, and those that a part reads."""
     attachments: Any = adapter.model.trimtab
     entry: Any = attachments.entries[adapter.name]
-    taps = [entry.parts[site.key].taps for site in entry.sites if isinstance(site, StatesSite)]
+    read = {at for part in entry.members() for at in getattr(part, "taps", ())}
     height = trunk_height(adapter)
-    return tuple(taps[0]) if taps else (height - 1,) if height else ()
+    return tuple(sorted(read | {height - 1})) if height else ()
 
 
 def trunk_facts(adapter: Adapter, fingerprint: str) -> dict[str, Any]:
@@ -199,8 +197,7 @@ class Trunk:
         return frame.padded(frame.known[self.kept.index(at)], like) if at in self.kept else like
 
     def _frame(self, given: dict[str, Any]) -> Frame | None:
-        acting = (self.name,) if self.read else (None, self.name)  # the base needs layers that nobody reads
-        if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in acting:
+        if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in (None, self.name):
             return None
         packing = packing_at(self.site.attentions[0]) if self.site.attentions else None
         if packing is not None:

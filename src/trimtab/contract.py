@@ -16,9 +16,10 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              tokens, in models where they are inserted; a part with `first` (a buffer) has them in place of the ids
              first, first + 1, … instead
     states   forward(reading, own) -> [B, n, width], in place of what leaves the stack; `reading` (states.Reading) has
-             what its layers read and gave, which run without gradients; `layers` are those that the part's own layers
-             stand beside, in order, for room in caches; beside an encoder that a decoder attends to, what it gives
-             reaches the decoder's part as `reading.memory`
+             what its layers read and gave, which run without gradients; `taps` are the layers whose outputs are read
+             (cache.py), besides the last; `layers` those that the part's own layers stand beside, in order, for room
+             in caches; beside an encoder that a decoder attends to, what it gives
+             reaches the decoder's part, if that has `reads_encoder`, as `reading.memory`
     head     forward(hidden) -> logits, in place of the base's head
 
 Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
@@ -34,7 +35,7 @@ one that trains a template's pseudo tokens has `for_template(count) -> method` (
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes
 the place of what the base has there, so that no other part may act at its site; `draws = True` on a part that it draws
 anew at every call while training, so that a forward cannot be taken apart (prefix_share.py), and `whole = True` that
-it reads all of a forward, layers and tokens, so that neither may be left out; `undecayed` names its tensors that weight
+it reads all tokens of a forward, so that none may be run by itself; `undecayed` names its tensors that weight
 decay would pull to a value with a meaning of its own;
 `packed` on a part is how many bits its tensors hold, eight a byte; one whose tensors are as long as training makes them
 has `fit(tensors)`, called before they are loaded. A method that trains in phases has `progress(parts, done)`, called

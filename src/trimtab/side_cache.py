@@ -47,8 +47,8 @@ def _like(layer: Any) -> Any:
     """An empty cache layer of the same kind and length."""
     asked = inspect.signature(type(layer).__init__).parameters
     known = {name: getattr(layer, name) for name in asked if name in vars(layer)}
-    if "sliding_window" in asked:  # which static layers keep as their length
-        known.setdefault("sliding_window", layer.get_max_length())
+    if "sliding_window" in asked and "sliding_window" not in known:  # a static layer keeps it as its length
+        known["sliding_window"] = layer.max_cache_len
     made = type(layer)(**known)
     if hasattr(layer, "record_past"):
         made.record_past = layer.record_past

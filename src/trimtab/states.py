@@ -9,6 +9,7 @@ part makes of its states travels behind it, in the same tensor, so that beam sea
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,16 +27,16 @@ from trimtab.sites import Module, StatesSite
 class Reading:
     """One forward of a stack."""
 
-    memory: Tensor | None
-    """What the part of the encoder made of its states [B, m, …], for a decoder; else None."""
     training: list[bool]
     """The layers' modes before it."""
+    graded: bool
+    """Whether gradients were on when the present layer was called."""
+    memory: Tensor | None = None
+    """What the part of the encoder made of its states [B, m, …], for a decoder; else None."""
     states: list[Tensor] = field(default_factory=list)
     """The first layer's input, then each layer's output [B, n, width]."""
     calls: list[dict[str, Any]] = field(default_factory=list)
     """The arguments of each layer's call but the hidden states, by name."""
-    graded: bool = False
-    """Whether gradients were on when the present layer was called."""
 
 
 class Reader:
@@ -55,17 +56,30 @@ class Reader:
 
     def begin(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the stack begins: its layers are in eval mode until it ends."""
+        self._recover()
+        self.readings.append(None)
         if not self.switch.on:
-            self.readings.append(None)
             return None
-        kwargs = named_arguments(body, args, kwargs)
-        memory = None
-        if self.site.encoder is not None and kwargs.get("encoder_hidden_states") is not None:
-            kwargs["encoder_hidden_states"], memory = self._parted(kwargs["encoder_hidden_states"])
-        self.readings.append(Reading(memory, [layer.training for layer in self.site.layers]))
+        named = named_arguments(body, args, kwargs)
+        reading = Reading([layer.training for layer in self.site.layers], torch.is_grad_enabled())
+        if self.part.reads_encoder and named.get("encoder_hidden_states") is not None:
+            named["encoder_hidden_states"], reading.memory = self._parted(named["encoder_hidden_states"])
+        self.readings[-1] = reading
         for layer in self.site.layers:
             layer.training = False  # the flag of the layer alone; dropout inside is 0 as it is
-        return (), kwargs
+        return (), named
+
+    def _recover(self) -> None:
+        """Undo what a forward left that was interrupted by hand, for which torch calls no hooks."""
+        left = [reading for reading in self.readings if reading is not None]
+        self.readings.clear()
+        if left:
+            torch.set_grad_enabled(left[0].graded)
+            self._restore(left[0])
+
+    def _restore(self, reading: Reading) -> None:
+        for layer, training in zip(self.site.layers, reading.training, strict=True):
+            layer.training = training
 
     def _parted(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's own output and what travels behind it."""
@@ -82,7 +96,7 @@ class Reader:
         if reading is None:
             return
         named = named_arguments(layer, args, kwargs)
-        states = named.pop(next(iter(named)))
+        states = named.pop(next(iter(inspect.signature(layer.forward).parameters)))
         if not reading.states:
             reading.states.append(states.detach())
             cache = next((value for value in named.values() if isinstance(value, Cache)), None)
@@ -99,14 +113,14 @@ class Reader:
             return
         torch.set_grad_enabled(reading.graded)
         if output is not None:
-            reading.states.append(_states(output))
+            reading.states.append(states_of(output))
 
     def replace(self, end: Module, args: tuple[Any, ...], output: Any) -> Any:
         """What leaves the stack, in the form in which `end` gives it."""
         reading = self.reading
         if reading is None:
             return None
-        own = _states(output)
+        own = states_of(output)
         made = self.part(reading, own).to(own.dtype)
         if self.site.reader is not None:
             made = torch.cat([own, made], dim=-1)
@@ -114,10 +128,21 @@ class Reader:
 
     def end(self, body: Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward is over, or has failed."""
-        reading = self.readings.pop() if self.readings else None
+        reading = self.readings.pop()
         if reading is not None:
-            for layer, training in zip(self.site.layers, reading.training, strict=True):
-                layer.training = training
+            self._restore(reading)
+
+
+class ReaderHandle:
+    """Takes a reader's hooks away; the trunk cache finds the reader by it."""
+
+    def __init__(self, reader: Reader, handles: list[Any]):
+        self.reader, self.handles = reader, handles
+
+    def remove(self) -> None:
+        """Remove all of its hooks."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def install_states(site: StatesSite, part: nn.Module, switch: Switch) -> list[Any]:
@@ -129,8 +154,9 @@ def install_states(site: StatesSite, part: nn.Module, switch: Switch) -> list[An
         handles.append(layer.register_forward_hook(reader.leave, with_kwargs=True, always_call=True))
     handles.append(site.end.register_forward_hook(reader.replace))
     handles.append(site.body.register_forward_hook(reader.end, always_call=True))
-    return handles
+    return [ReaderHandle(reader, handles)]
 
 
-def _states(output: Any) -> Tensor:
+def states_of(output: Any) -> Tensor:
+    """The hidden states in what a layer gives."""
     return output[0] if isinstance(output, tuple) else output

@@ -25,6 +25,7 @@ from trimtab.methods.parallel import Parallel
 from trimtab.methods.pfeiffer import Pfeiffer
 from trimtab.methods.prefix import Prefix
 from trimtab.methods.prompt import Prompt
+from trimtab.methods.side import Side
 from trimtab.methods.union import Union
 
 _CLASSES: list[Any] = [thing for thing in list(globals().values()) if isinstance(thing, type)]

@@ -102,7 +102,8 @@ class LadderNetwork(nn.Module):
     def __init__(self, site: StatesSite, method: Ladder, layers: list[int], units: Units | None):
         super().__init__()
         narrow = site.width // method.reduction
-        self.temperature, self.merge_last, self.depth = method.temperature, method.merge_last, len(site.layers)
+        self.reads_encoder = site.encoder is not None
+        self.temperature, self.merge_last = method.temperature, method.merge_last
         self.first = nn.Linear(site.width, narrow)
         self.downs = nn.ModuleList(nn.Linear(site.width, narrow) for _ in layers)
         self.gates = nn.Parameter(torch.zeros(len(layers)))
@@ -120,8 +121,8 @@ class LadderNetwork(nn.Module):
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """The layers whose outputs it reads."""
-        return self.side.layers if not self.merge_last else tuple(sorted({*self.side.layers, self.depth - 1}))
+        """The layers whose outputs are read."""
+        return self.layers
 
     def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
         """The stack's states and its own output [batch, length, width] -> [batch, length, width], or width / r"""

@@ -1,0 +1,193 @@
+"""Side-tuning. Zhang, Sax, Zamir, Guibas and Malik 2020, Side-Tuning: A Baseline for Network Adaptation via Additive
+Side Networks, arXiv:1912.13503.
+
+    R(x) = σ(α) B(x) + (1 − σ(α)) S(x),     or B + S,     or B ⊙ S
+
+B [batch, length, width] is what the frozen base gives behind its final norm, in front of the head, S what a small
+network beside it makes of the first layer's input x; α is one number and 0 at the start, which is the mean of both. The
+side network is made of the base's lowest layers, narrowed by r, or is a perceptron at every position:
+
+    S = Up LN(S_l(… S_0(Down x)))     with Down [width / r, width], Up [width, width / r]; without both where r = 1
+    S = W_2 gelu(W_1 x + b_1) + b_2   with W_1 [width / r, width]
+
+In encoder-decoders S is a side encoder, LN(h), and a side decoder that attends to it; the decoder's outputs are fused.
+The base runs without gradients. The layers start from structured pruning of the base's (by magnitude; copies where
+r = 1), or at random, and are not distilled first. Trained parameters: those of S, and α.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trimtab.arch import select_layers
+from trimtab.contract import Context, Parts
+from trimtab.errors import UserError, unknown
+from trimtab.methods.side_blocks import STARTS, SideBlocks, Start, pruned_units
+from trimtab.narrow import Units, check_reduction, narrow_count
+from trimtab.sites import Sites, StatesSite
+from trimtab.states import Reading
+
+Network = Literal["layers", "mlp"]
+NETWORKS = ("layers", "mlp")
+Fuse = Literal["alpha", "sum", "product"]
+FUSES = ("alpha", "sum", "product")
+SHARE = 4
+"""One layer in so many, the lowest, is in the side network by default."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A small network beside the frozen base, fused with it in front of the head."""
+
+    network: Network = "layers"
+    """layers (the base's lowest ones, narrowed) or mlp (a perceptron over the embeddings)."""
+    layers: str | None = None
+    """Which of the base's layers the side network is made of, e.g. 0:4; by default the lowest quarter."""
+    reduction: int = 4
+    """The base's width over the side network's; 1 copies the layers as they are."""
+    start: Start = "pruned"
+    """pruned (the layers start from the base's) or random."""
+    fuse: Fuse = "alpha"
+    """alpha (a learned mean), sum or product."""
+
+    name: ClassVar[str] = "side"
+    kinds: ClassVar[frozenset[str]] = frozenset({"states"})
+    lr: ClassVar[float] = 1e-3
+    mergeable: ClassVar[bool] = False
+    formula: ClassVar[str] = "Σ layers + (width + 1)·width/r + LN + (width/r + 1)·width + 1"
+    paper: ClassVar[str] = "Zhang et al. 2020, arXiv:1912.13503"
+
+    def __post_init__(self) -> None:
+        for field, value, known in (
+            ("network", self.network, NETWORKS),
+            ("start", self.start, STARTS),
+            ("fuse", self.fuse, FUSES),
+        ):
+            if value not in known:
+                raise unknown(f"side: {field}", value, known)
+        if self.network == "mlp" and (self.layers is not None or self.start != "pruned"):
+            raise UserError("side: network=mlp is made of no layers; leave out layers= and start=")
+
+    def build(self, sites: Sites, context: Context) -> Parts:
+        """A side network a stack. Raises UserError for a reduction that does not divide and for layers out of range."""
+        for site in sites.states:
+            self._check(site)
+        if self.network == "mlp":
+            site = sites.states[-1]
+            return {site: SideNetwork(site, self, SideMLP(site.width, site.width // self.reduction))}
+        chosen = {site: self.chosen(site) for site in sites.states}
+        units = pruned_units(sites, chosen, self.reduction) if self.start == "pruned" else {}
+        nets = {site: SideLayers(site, layers, self.reduction, units.get(site)) for site, layers in chosen.items()}
+        return {site: net if site.reader is not None else SideNetwork(site, self, net) for site, net in nets.items()}
+
+    def parameter_count(self, sites: Sites) -> int:
+        """Those of S a stack and α; an encoder that is read has no Up."""
+        own = 1 if self.fuse == "alpha" else 0
+        if self.network == "mlp":
+            return self._projections(sites.states[-1].width) + own
+        return own + sum(self._count(site) for site in sites.states)
+
+    def for_loading(self) -> Side:
+        """The same shapes without the base's weights to start from: their values come from the file."""
+        return self if self.network == "mlp" else replace(self, start="random")
+
+    def chosen(self, site: StatesSite) -> list[int]:
+        """The layers of a stack that the side network is made of."""
+        count = len(site.layers)
+        return list(range(max(1, count // SHARE))) if self.layers is None else select_layers(self.layers, count)
+
+    def _check(self, site: StatesSite) -> None:
+        if self.network == "layers":
+            check_reduction("side", site, self.reduction)
+        elif self.reduction < 1 or site.width % self.reduction:
+            fitting = ", ".join(str(one) for one in range(1, site.width + 1) if site.width % one == 0)
+            raise UserError(
+                f"side: reduction={self.reduction} does not divide the model's width {site.width}; these do: {fitting}"
+            )
+
+    def _projections(self, width: int) -> int:
+        narrow = width // self.reduction
+        return (width + 1) * narrow + (narrow + 1) * width
+
+    def _count(self, site: StatesSite) -> int:
+        narrow = site.width // self.reduction
+        total = sum(narrow_count(site, at, self.reduction) for at in self.chosen(site)) + 2 * narrow
+        if self.reduction > 1:
+            total += self._projections(site.width)
+            total -= 0 if site.reader is None else (narrow + 1) * site.width
+        return total
+
+
+class SideLayers(nn.Module):
+    """Up LN(S_l(… S_0(Down x))); without Up beside an encoder that a decoder attends to."""
+
+    exclusive = True
+
+    def __init__(self, site: StatesSite, layers: list[int], reduction: int, units: Units | None):
+        super().__init__()
+        narrow, wide = site.width // reduction, reduction == 1
+        self.down = None if wide else nn.Linear(site.width, narrow)
+        self.side = SideBlocks(site, layers, reduction, units)
+        self.norm = nn.LayerNorm(narrow)
+        self.up = None if wide or site.reader is not None else nn.Linear(narrow, site.width)
+        self.reads_encoder = site.encoder is not None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that the side network's stand beside."""
+        return self.side.layers
+
+    def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
+        """The stack's states -> [batch, length, width], or width / r"""
+        self.side.begin()
+        hidden = reading.states[0].to(self.norm.weight.dtype)
+        hidden = hidden if self.down is None else self.down(hidden)
+        for number in range(len(self.layers)):
+            hidden = self.side(number, hidden, reading)
+        hidden = self.norm(hidden)
+        return hidden if self.up is None else self.up(hidden)
+
+
+class SideMLP(nn.Module):
+    """W_2 gelu(W_1 x + b_1) + b_2"""
+
+    layers = ()
+    reads_encoder = False
+
+    def __init__(self, width: int, inside: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, inside), nn.Linear(inside, width)
+
+    def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
+        """The stack's states -> [batch, length, width]"""
+        return self.second(F.gelu(self.first(reading.states[0].to(self.first.weight.dtype))))
+
+
+class SideNetwork(nn.Module):
+    """σ(α) B + (1 − σ(α)) S, or B + S, or B ⊙ S"""
+
+    exclusive = True
+
+    def __init__(self, site: StatesSite, method: Side, network: SideLayers | SideMLP):
+        super().__init__()
+        self.network, self.fuse = network, method.fuse
+        self.layers, self.reads_encoder = network.layers, network.reads_encoder
+        self.undecayed = ("alpha",) if self.fuse == "alpha" else ()
+        if self.fuse == "alpha":
+            self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
+        """The stack's states and its own output [batch, length, width] -> [batch, length, width]"""
+        side = self.network(reading, own)
+        base = own.to(side.dtype)
+        if self.fuse == "sum":
+            return base + side
+        if self.fuse == "product":
+            return base * side
+        share = torch.sigmoid(self.alpha)
+        return share * base + (1 - share) * side
