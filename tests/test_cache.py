@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import trimtab as tt
+from test_train import MODELS, arguments, assert_equal, examples, losses
 from tiny import FAMILIES, attached, inputs, output, tiny
 from trimtab.adapter import supported
 from trimtab.cache import cached_trunk, trunk_facts, trunk_height
@@ -20,6 +22,7 @@ from trimtab.checkpoint import model_fingerprint
 from trimtab.methods.spec import parse_method
 from trimtab.prefix_share import shared_prefix
 from trimtab.store import INDEX, Store
+from trimtab.trainer import Trainer
 
 ENOUGH = 2**30
 METHODS = (
@@ -120,6 +123,43 @@ def test_a_side_network_runs_no_layer_of_the_base_again(method: str, family: str
         with adapter.disabled():
             torch.testing.assert_close(output(adapter.model, batch), base, rtol=0, atol=1e-5)
         assert len(calls) == ran
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+@pytest.mark.parametrize("method", ["ladder[reduction=2]", "side[reduction=2]"])
+def test_training_a_side_network_gives_the_same_losses_and_tensors(tmp_path: Path, method: str, kind: str) -> None:
+    """Three epochs; in the second and third the base's layers are not run."""
+    runs: list[tuple[list[float], dict[str, torch.Tensor], list[int]]] = []
+    for store in (None, Store(ENOUGH)):
+        torch.manual_seed(1)
+        adapter = tt.attach(MODELS[kind](), method)
+        calls, epochs = calls_of_first_layer(adapter), EpochCalls()
+        epochs.calls = calls
+        trainer = Trainer(
+            adapter.model,
+            arguments(tmp_path, save_strategy="no"),
+            adapter=adapter,
+            train_dataset=examples(kind)[:30],
+            store=store,
+            callbacks=[epochs],
+        )
+        trainer.train()
+        runs.append((losses(trainer), dict(adapter.state_dict()), epochs.found))
+    (plain, expected, all_run), (found, own, once) = runs
+    assert found == pytest.approx(plain, abs=1e-5)
+    assert_equal(own, expected, tolerance=1e-3)
+    assert all_run == [4, 8, 12] and once == [4, 4, 4]
+
+
+class EpochCalls(TrainerCallback):
+    """How many calls there were by the end of each epoch."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+        self.found: list[int] = []
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.found.append(len(self.calls))
 
 
 def test_padded_rows_of_a_ladder_are_known_elsewhere() -> None:

@@ -324,6 +324,7 @@ def test_two_ladders_on_one_model() -> None:
         assert torch.equal(output(model, batch), one)
 
 
+@torch.no_grad()
 def test_disabled_is_the_base() -> None:
     for family in ("llama", "t5"):
         model, batch = tiny(family), inputs(family)
