@@ -20,7 +20,7 @@ def environment(name: str, *installs: tuple[str, ...]) -> Path:
     Each of `installs` is what one `pip install` is given, one after the other: what comes first holds for the rest.
     """
     folder = HOME / name
-    python, made, wanted = folder / "venv" / "bin" / "python", folder / "made", repr(installs)
+    python, made, wanted = folder / "venv" / "bin" / "python", folder / "made", repr(installs).replace(str(ROOT), "")
     if not made.is_file() or made.read_text(encoding="utf-8") != wanted:
         made.unlink(missing_ok=True)
         venv.create(folder / "venv", with_pip=True, clear=True)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 import trimtab as tt
-from tiny import FAMILIES, inputs, output, tiny
+from tiny import FAMILIES, attached, inputs, output, tiny
 from trimtab.adapter import Attachments
 
 THREE = ("prompt[length=3]", "lora[r=2]", "lora[r=3,targets=o,down]")
@@ -297,3 +297,19 @@ def test_public_names() -> None:
         assert getattr(tt, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         tt.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_is_reached_through_the_lowest_layers_of_the_decoder(family: str) -> None:
+    """Nothing is trained in the decoder's first layers, but they attend to what is."""
+    found = []
+    for cut in (True, False):
+        adapter = attached(family, "lora[r=2,layers=1:]")
+        if not cut:
+            adapter._entry.uninstall()
+            adapter._entry.cuts = []
+            adapter._entry.install()
+        output(adapter.model, inputs(family)).square().mean().backward()
+        found.append([parameter.grad for parameter in adapter.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -506,7 +506,7 @@ def _cuts(claimed: Sequence[Site], sites: Sites) -> Iterator[tuple[nn.Module, bo
         if trained and min(trained) < 0:
             continue
         yield layers[0], False
-        if trained and min(trained) > 0:
+        if trained and min(trained) > 0 and not _reads_trained(stack, claimed):
             yield layers[min(trained)], False
         if not trained and not _reads_trained(stack, claimed):
             yield layers[-1], True

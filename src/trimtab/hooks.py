@@ -179,6 +179,7 @@ class WeightHook:
         """Put the effective weight in place, in front of the call."""
         self.remove()  # what a call that was broken off has left
         if self.switch.on:
+            module.__dict__.pop("weight", None)  # and what one of another adapter has left
             self.lent = module.__dict__["weight"] = self._weight()
         else:
             self.kept = None

@@ -87,6 +87,7 @@ class LinearSite:
 
     def write(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Write a weight [out, in] and a bias [out] into the module, into its share of a fused one."""
+        self.module.__dict__.pop("weight", None)  # one that was lent to a call that was broken off
         with torch.no_grad():
             whole = self._in_out()
             whole.copy_(weight.T if self.span is None else self.span.put(whole, weight.T.to(whole.dtype)))
@@ -531,7 +532,8 @@ def _states(
     body: Module,
 ) -> StatesSite:
     own = layers[stack.name]
-    ends = bool(stack.final_norm) and not stack.pooled_norm
+    path = None if stack.pooled_norm else stack.final_norm
+    norm = root.get_submodule(path) if path and _has(root, path) else None  # old OPT models have none
     return StatesSite(
         key=f"{stack.name}_states" if stack.name else "states",
         stack=stack.name,
@@ -539,7 +541,7 @@ def _states(
         layers=own,
         attentions=tuple(kvs),
         body=body,
-        end=root.get_submodule(str(stack.final_norm)) if ends else own[-1],
+        end=own[-1] if norm is None else norm,
         width=next(site.out_features for site in linears if site.role == "o"),
         encoder=layers["encoder"][0] if stack.cross else None,
         reader=_reader(stack, root),

@@ -305,6 +305,11 @@ def test_random_starts_differ_and_loading_needs_no_base_weights(tmp_path: Path) 
     block = adapter._entry.parts["states"].side.blocks[0]
     assert not torch.equal(block.input_layernorm.weight, model.model.layers[0].input_layernorm.weight[:16])
     assert Ladder(2).for_loading().start == "random"
+    expected = output(model, inputs("llama"))
+    adapter.save(tmp_path)
+    fresh = tiny("llama")
+    tt.load(fresh, tmp_path)
+    torch.testing.assert_close(output(fresh, inputs("llama")), expected)
     assert not any(module.p for module in block.modules() if isinstance(module, nn.Dropout))
 
 

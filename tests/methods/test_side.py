@@ -107,6 +107,21 @@ def test_beams(family: str) -> None:
     assert torch.equal(model.generate(**batch, **how), model.generate(**batch, **how, use_cache=False))
 
 
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("mask[sparsity=0.4,layers=0:]", "scores"),
+        ("diff-pruning", "log_alpha"),
+        ("diff-pruning[structured=true]", "whole"),
+    ],
+)
+def test_scores_and_gates_of_masks_do_not_decay(method: str, name: str) -> None:
+    adapter = tt.attach(tiny("bert"), method)
+    kept = {id(weight) for weight in adapter.undecayed()}
+    own = [weight for key, weight in adapter.named_parameters() if key.endswith(name)]
+    assert own and all(id(weight) in kept for weight in own)
+
+
 def test_alpha_and_gates_do_not_decay(tmp_path: Any) -> None:
     """The trainer's groups: alpha without decay, as biases and norms; a weight with it."""
     for method, name in (("side[reduction=2]", "states.alpha"), ("ladder[reduction=2]", "states.gates")):

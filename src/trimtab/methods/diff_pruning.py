@@ -112,7 +112,10 @@ class DiffPruning:
     def extra_loss(self, parts: Sequence[Any]) -> torch.Tensor | float:
         """penalty · Σ P(z ≠ 0)"""
         own = self._own(parts)
-        return self.penalty * torch.stack([part.expected() for part in own]).sum() if own else 0.0
+        if not own:
+            return 0.0
+        place = own[0].log_alpha.device
+        return self.penalty * torch.stack([part.expected().to(place) for part in own]).sum()
 
     def _own(self, parts: Sequence[Any]) -> list[Gated]:
         return [part for part in parts if isinstance(part, Gated) and part.method == self]
@@ -135,6 +138,7 @@ class Gated(nn.Module):
         self.register_buffer("unit", torch.tensor(1.0))
         """What w is counted in, []: an optimizer's step is a larger one behind the cut."""
         self.method, self.draws = method, True
+        self.undecayed = ("log_alpha", "whole") if method.structured else ("log_alpha",)
 
     @property
     def fixed(self) -> bool:
@@ -144,7 +148,11 @@ class Gated(nn.Module):
     def difference(self, drawn: bool = False) -> torch.Tensor:
         """z ⊙ w [out, in]"""
         gate = hard_concrete(self.log_alpha, drawn)
-        return self.unit * self.w * (gate if self.whole is None else gate * hard_concrete(self.whole, drawn))
+        return self._counted() * (gate if self.whole is None else gate * hard_concrete(self.whole, drawn))
+
+    def _counted(self) -> torch.Tensor:
+        """unit · w, with the gradient of w: an optimizer's moments go on across the cut."""
+        return self.w + (self.unit - 1) * self.w.detach()
 
     def expected(self) -> torch.Tensor:
         """Σ P(z ≠ 0), []"""
@@ -220,7 +228,7 @@ def hard_concrete(log_alpha: torch.Tensor, drawn: bool) -> torch.Tensor:
 def _rising(index: torch.Tensor, stop: int) -> bool:
     """Whether integers [n] rise within 0 … stop - 1."""
     inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < stop)
-    return inside and bool((index.diff() > 0).all())
+    return inside and bool((index[1:] > index[:-1]).all())  # differences may overflow
 
 
 @torch.no_grad()

@@ -99,9 +99,10 @@ class Mask:
         own = [part for part in parts if isinstance(part, Scores) and part.method == self]
         if self.target_sparsity is None or not own:
             return 0.0
-        left_out = torch.stack([(part.scores <= THRESHOLD).sum() for part in own]).sum()
+        place = own[0].scores.device
+        left_out = torch.stack([(part.scores <= THRESHOLD).sum().to(place) for part in own]).sum()
         gap = left_out / sum(part.scores.numel() for part in own) - self.target_sparsity
-        scores = torch.stack([part.scores.sum() for part in own]).sum()
+        scores = torch.stack([part.scores.sum().to(place) for part in own]).sum()
         return self.pressure * (gap**2 - 2 * gap * (scores - scores.detach()))
 
     def chosen(self, sites: Sites) -> list[LinearSite]:
@@ -115,6 +116,8 @@ class Mask:
 
 class Scores(nn.Module):
     """W -> W ⊙ 1[m > τ], the threshold straight through."""
+
+    undecayed = ("scores",)  # 0 is under the threshold
 
     def __init__(self, weight: torch.Tensor, method: Mask):
         super().__init__()

@@ -63,7 +63,7 @@ class SideBlocks(nn.Module):
             assert memory is not None
             return memory.to(precision)
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(precision) if floating else value
+        return value.to(precision).clamp(min=torch.finfo(precision).min) if floating else value  # a mask stays finite
 
 
 def pruned_units(sites: Sites, chosen: dict[StatesSite, list[int]], reduction: int) -> dict[StatesSite, Units]:
