@@ -9,6 +9,7 @@ batches. The losses are the plain Trainer's.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -231,6 +232,16 @@ class Trainer(transformers.Trainer):
         if not model.training:
             return 0.0
         return self.adapter.extra_loss() / getattr(self, "current_gradient_accumulation_steps", 1)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' estimate, which walks through the whole model at every step; here its size is asked once."""
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if tokens is None else 6 * tokens.numel() * self._size
+
+    @functools.cached_property
+    def _size(self) -> int:
+        base: Any = self.accelerator.unwrap_model(self.model)
+        return base.num_parameters(exclude_embeddings=True)
 
     def _objective(self, base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | None:
         """What is learned, unless the user asked for another loss."""
