@@ -159,7 +159,7 @@ ENTRIES = (
     Entry("bert-tiny", "bitfit", "bitfit", (1e-3, 3e-3, 1e-2)),
     Entry("bert-tiny", "layernorm", "layernorm", (1e-3, 3e-3, 1e-2)),
     Entry("bert-tiny", "mask", "mask", (3e-3, 1e-2, 3e-2)),
-    Entry("bert-tiny", "diff-pruning", "diff-pruning", (3e-3, 1e-2, 3e-2)),
+    Entry("bert-tiny", "diff-pruning", "diff-pruning", (1e-2, 3e-2, 1e-1)),
     Entry("minilm", "full", "full", (5e-5, 1e-4, 2e-4)),
     Entry("minilm", "head", "head", (1e-3, 3e-3, 1e-2), seeds=2),
     Entry("minilm", "houlsby", "houlsby[size=64]", (3e-4, 1e-3, 3e-3)),
