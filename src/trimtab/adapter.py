@@ -34,6 +34,7 @@ from trimtab.hooks import (
     install_norm,
     unchanging,
 )
+from trimtab.image_argument import Eye, ImageArgument
 from trimtab.labels import LabelSetting
 from trimtab.methods import METHODS
 from trimtab.methods.spec import parse_method
@@ -257,6 +258,10 @@ class Entry(nn.Module):
         """The parts of single methods at all sites."""
         return (part for parts in self.parts.values() for part in members(parts))
 
+    def eyes(self) -> list[Eye]:
+        """What looks at the pictures of a batch."""
+        return [part.eye for part in self.members() if hasattr(part, "eye")]
+
     def install(self) -> None:
         """Put the hooks in place."""
         for site in sorted(self.sites, key=_order):
@@ -286,6 +291,7 @@ class Attachments(nn.Module):
         self.sites = Sites(model)
         self.attention = AttentionSetting(self.sites.kv)
         self.labels = LabelSetting(model)
+        self.images = ImageArgument(model)
         self.switches: list[Switch] = []
         self.shared: torch.Tensor | None = None
         """The tokens [1, s] in front of all rows that are run by themselves at present (prefix_share.py)."""
@@ -296,6 +302,10 @@ class Attachments(nn.Module):
         first_layers = [layers[0] for layers in self.sites.layer_modules.values()]
         self.handles: list[Any] = [model.register_forward_pre_hook(RefuseReentrant(first_layers))]
         self.handles.append(model.register_forward_pre_hook(RefuseOtherAttention(self.attention)))
+        self.handles.append(model.register_forward_pre_hook(self.images.begin, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self.images.end, always_call=True))
+        for site in self.sites.embeds:
+            self.handles.append(site.body.register_forward_pre_hook(self.images.begin_body))
         self.handles += _position_hooks(self.sites, self.switches)
         for parameter in self.trainable:
             parameter.requires_grad_(False)
@@ -313,6 +323,8 @@ class Attachments(nn.Module):
             if entry.uses_attention:
                 self.attention.release()
             raise
+        if entry.eyes():
+            self.images.acquire()
         self.entries[entry.name] = entry
         self.switches.append(entry.switch)
         self.use(entry.name)
@@ -326,6 +338,8 @@ class Attachments(nn.Module):
             self.use(None)
         if entry.uses_attention:
             self.attention.release()
+        if entry.eyes():
+            self.images.release()
 
     def use(self, name: str | None) -> None:
         """Switch to the adapter of this name, or to the frozen base; takes the same time however many there are."""
@@ -336,6 +350,7 @@ class Attachments(nn.Module):
         if entry is not None:
             entry.switch.on = True
         self.attention.set(entry is not None and entry.uses_attention, entry is None or entry.needs_front)
+        self.images.use(*((None, ()) if entry is None else (entry.method.name, entry.eyes())))
         self.labels.set(self.labels.own if entry is None else entry.labels)
 
     def restore(self) -> None:

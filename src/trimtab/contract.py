@@ -12,6 +12,8 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              context(query [B, heads, n, head_dim], scaling) -> [B, n, heads, head_dim], added to what attention gives;
              a part with prepare() has it called once a forward of the stack, one with `shift` = P moves the text's
              positions up by P where the family does so (one part a stack has it)
+             a part with `eye` owns what looks at the pictures of a batch, `eye.see(images, rows)`, before each forward
+             of the model (image_argument.py), and the frozen encoder that it looks through, `eye.sight`
     embeds   forward() -> virtual tokens [P, width], in front of the input; `behind` = n puts them behind its first n
              tokens, in models where they are inserted; a part with `first` (a buffer) has them in place of the ids
              first, first + 1, … instead

@@ -132,6 +132,28 @@ def load_config(source: str) -> PreTrainedConfig:
     return _load(AutoConfig, source)
 
 
+def load_vision_encoder(source: str) -> PreTrainedModel:
+    """A frozen vision model without a head, in eval mode; of a model of pictures and texts the half that sees.
+
+    Raises UserError for a model that reads no pictures.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the files lack, such as a pooler, is the same every time
+        model: Any = _load(transformers.AutoModel, source, dtype=torch.float32)
+    model = getattr(model, "vision_model", model)
+    if model.main_input_name != "pixel_values":
+        raise UserError(
+            f"{source!r} ({model.config.model_type}) reads no pictures; "
+            "image= takes a vision model, such as vit, dinov2 or clip"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def load_image_processor(source: str) -> Any:
+    """What makes pixel values of pictures for a vision model. Raises UserError where its folder has none."""
+    return _load(transformers.AutoImageProcessor, source)
+
+
 def kind_of(source: str, task: str, template: str | None = None) -> Kind:
     """The kind of model that the task of this name gets from this source, by its configuration.
 

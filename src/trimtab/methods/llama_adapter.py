@@ -8,19 +8,24 @@ Two softmaxes: what the text attends to in the text does not depend on the promp
 key and value projections, not its input norm, and are not rotated (a norm on the keys, as in Qwen3, they do pass).
 Gates start at zero, so that the start is exactly the base model; prompts start as standard normal noise. In encoders
 and vision models the same without a causal mask. Trained parameters: layers · (length · width + heads).
+
+With a frozen vision encoder (image=…) what is made of a row's picture is added to the prompts, so that these are the
+row's own: P' = P + I (eye.py). The picture comes as the argument `images` of the model's calls and of `generate`. Gates
+of zero leave the base's answers as they are, and a row without a picture has I = 0. Trained besides: what makes I.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from trimtab.arch import select_layers
 from trimtab.contract import Context, Parts
-from trimtab.errors import UserError
+from trimtab.errors import UserError, unknown
+from trimtab.methods.eye import HEADS, Eye, Global, Queries, sight_of, whole_path
 from trimtab.sites import KVSite, LinearSite, Sites
 
 LEFT_OUT = 16
@@ -41,6 +46,18 @@ class LlamaAdapter:
     """Whether gates pass tanh (the paper's) or not (peft's adaption prompt)."""
     attention: Literal["gated", "joint"] = "gated"
     """gated, or joint: no gates, prompts and text in one softmax (the paper's ablation, for comparison)."""
+    image: str | None = None
+    """A frozen vision encoder (a folder, hub id or pkg:NAME/path): what it sees is added to the prompts."""
+    look: Literal["global", "queries"] = "global"
+    """global (the encoder's global features, v1) or queries (learned ones that attend to its tokens, v2)."""
+    scales: str | None = None
+    """Layers of the encoder whose global features are read, e.g. 5,11; by default four, evenly spaced."""
+    image_layers: str | None = None
+    """Layers whose prompts get the picture, e.g. 0:8 (v2's early fusion); by default all that have prompts."""
+    image_hidden: int = 128
+    """Width of what is between the encoder's features and the prompts."""
+    blocks: int = 2
+    """Blocks of the query form."""
 
     name: ClassVar[str] = "llama-adapter"
     kinds: ClassVar[frozenset[str]] = frozenset({"kv"})
@@ -54,15 +71,36 @@ class LlamaAdapter:
             raise UserError(f"llama-adapter: length={self.length} must be at least 1")
         if self.attention == "joint" and (self.gates != "head" or not self.tanh):
             raise UserError("llama-adapter: attention=joint has no gates; leave out gates= and tanh=")
+        check_looking(self)
+        if self.image is not None and self.attention == "joint":
+            raise UserError("llama-adapter: image= needs gates, and attention=joint has none")
 
     def build(self, sites: Sites, context: Context) -> Parts:
-        """Prompts and gates a chosen layer."""
-        part = GatedPrompts if self.attention == "gated" else JointPrompts
-        return {site: part(site, self) for site in self.chosen(sites)}
+        """Prompts and gates a chosen layer; the lowest that gets the picture has what looks at it."""
+        chosen, seeing = self.chosen(sites), self.seeing(sites)
+        if self.attention == "joint":
+            return {site: JointPrompts(site, self) for site in chosen}
+        parts = {site: GatedPrompts(site, self) for site in chosen}
+        if seeing:
+            eye = Eye(self, seeing[0].k.in_features)
+            for site in chosen:
+                parts[site].look(eye, owner=site is seeing[0], sees=site in seeing)
+        return parts
 
     def parameter_count(self, sites: Sites) -> int:
-        """layers · (length · width + heads)."""
-        return sum(self.length * site.k.in_features + self.gate_count(site) for site in self.chosen(sites))
+        """layers · (length · width + heads), and with image= what makes I (eye.py)."""
+        own = sum(self.length * site.k.in_features + self.gate_count(site) for site in self.chosen(sites))
+        if not (seeing := self.seeing(sites)):
+            return own
+        width, inner = seeing[0].k.in_features, self.image_hidden
+        features = sight_of(self).width
+        if self.look == "queries":
+            return own + Queries.count(features, inner, width, self.length, self.blocks)
+        return own + Global.count(features, inner, width)
+
+    def folded(self) -> LlamaAdapter:
+        """The same; a vision encoder in a folder by its whole path."""
+        return whole_path(self)
 
     def gate_count(self, site: KVSite) -> int:
         """Gates of one attention."""
@@ -81,6 +119,46 @@ class LlamaAdapter:
         return [site for site in sites.kv if site.stack == stack and not site.cross and site.layer in layers]
 
 
+    def seeing(self, sites: Sites) -> list[KVSite]:
+        """The chosen attentions whose prompts get the picture; none without image=.
+
+        Raises UserError for layers out of range or without prompts, and for a model that is no causal language model.
+        """
+        if self.image is None:
+            return []
+        chosen = self.chosen(sites)
+        if len(sites.layer_modules) != 1 or not all(site.causal for site in chosen):
+            raise UserError("llama-adapter: image= shows pictures to causal language models, which this is not")
+        if self.image_layers is None:
+            return chosen
+        wanted = select_layers(self.image_layers, len(next(iter(sites.layer_modules.values()))))
+        found = [site for site in chosen if site.layer in wanted]
+        if len(found) < len(set(wanted)):
+            have = ", ".join(str(site.layer) for site in chosen)
+            raise UserError(f"llama-adapter: image_layers={self.image_layers} has layers without prompts; with: {have}")
+        return found
+
+
+OF_IMAGES = ("look", "scales", "image_layers", "image_hidden", "blocks")
+"""The settings that mean something where there is an encoder."""
+
+
+def check_looking(method: Any) -> None:
+    """Raises UserError for settings of pictures without an encoder, or that mean nothing."""
+    known = {field.name: field.default for field in fields(method)}
+    changed = [name for name in OF_IMAGES if getattr(method, name) != known.get(name, getattr(method, name))]
+    if method.image is None and changed:
+        raise UserError(f"{method.name}: {changed[0]} means nothing without image=ENCODER")
+    if method.look not in (looks := ("global", "queries")):
+        raise unknown(f"{method.name}: look", method.look, looks)
+    if method.look == "queries" and method.scales is not None:
+        raise UserError(f"{method.name}: scales= belongs to look=global; queries read the encoder's last layer")
+    if method.look == "queries" and method.image_hidden % HEADS:
+        raise UserError(f"{method.name}: image_hidden={method.image_hidden} must be a multiple of {HEADS}")
+    if method.image_hidden < 1 or method.blocks < 1:
+        raise UserError(f"{method.name}: image_hidden and blocks must be at least 1")
+
+
 class GatedPrompts(nn.Module):
     """tanh(g_h) · softmax(q K_pᵀ · s) V_p"""
 
@@ -90,17 +168,32 @@ class GatedPrompts(nn.Module):
         self.gate = nn.Parameter(torch.zeros(method.gate_count(site)))
         self.site = (site,)  # in a tuple: the base's projections are no part of the adapter
         self.tanh = method.tanh
+        self.seen: tuple[Eye, ...] = ()
+        self.whole = False
+
+    def look(self, eye: Eye, *, owner: bool, sees: bool) -> None:
+        """Have prompts that depend on the row's picture; the owner has the eye's tensors among its own."""
+        self.whole = True  # no token can be run for all rows at once: what it attends to is the row's own
+        if owner:
+            self.eye = eye
+        self.seen = (eye,) if sees else ()  # in a tuple: its tensors are the owner's
 
     def context(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """query [batch, heads, n, head width] -> [batch, n, heads, head width]"""
-        keys, values = projected(self.site[0], self.prompts)
+        keys, values = projected(self.site[0], self.shown())  # [kv heads, P, head width], of rows of their own
+        row = "b" if keys.dim() == 4 else ""
         precision = torch.promote_types(query.dtype, torch.float32)
-        own = query.to(precision).unflatten(1, (keys.shape[0], -1))  # [batch, kv heads, heads of each, n, head width]
+        own = query.to(precision).unflatten(1, (keys.shape[-3], -1))  # [batch, kv heads, heads of each, n, head width]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        weights = torch.softmax(torch.einsum("bkgnd,kpd->bkgnp", own * scale, keys.to(precision)), dim=-1)
-        seen = torch.einsum("bkgnp,kpd->bnkgd", weights, values.to(precision)).flatten(2, 3)
+        weights = torch.softmax(torch.einsum(f"bkgnd,{row}kpd->bkgnp", own * scale, keys.to(precision)), dim=-1)
+        seen = torch.einsum(f"bkgnp,{row}kpd->bnkgd", weights, values.to(precision)).flatten(2, 3)
         gate = self.gate.tanh() if self.tanh else self.gate
         return (gate[:, None] * seen).to(query.dtype)
+
+    def shown(self) -> torch.Tensor:
+        """The prompts [length, width], or with pictures in the batch those of each row [batch, length, width]."""
+        pictures = [eye.current for eye in self.seen if eye.current is not None]
+        return self.prompts + pictures[0] if pictures else self.prompts
 
 
 class JointPrompts(nn.Module):
@@ -117,7 +210,7 @@ class JointPrompts(nn.Module):
 
 
 def projected(site: KVSite, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's keys and values [kv heads, length, head width] of prompts [length, width].
+    """The layer's keys and values [..., kv heads, length, head width] of prompts [..., length, width].
 
     The modules themselves are called: whatever else acts on them (bias and scale of v2, LoRA) acts on prompts, too.
     """
@@ -126,9 +219,9 @@ def projected(site: KVSite, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.
     key_output = site.k.module(inputs)
     value_output = key_output if site.v.module is site.k.module else site.v.module(inputs)
     keys, values = (_share(one, out) for one, out in ((site.k, key_output), (site.v, value_output)))
-    keys, values = (out.unflatten(1, (site.kv_heads, -1)) for out in (keys, values))  # [length, kv heads, head width]
+    keys, values = (out.unflatten(-1, (site.kv_heads, -1)) for out in (keys, values))  # [..., length, kv heads, …]
     norm = getattr(site.module, "k_norm", None)
-    return (keys if norm is None else norm(keys)).transpose(0, 1), values.transpose(0, 1)
+    return (keys if norm is None else norm(keys)).transpose(-3, -2), values.transpose(-3, -2)
 
 
 def _share(site: LinearSite, output: torch.Tensor) -> torch.Tensor:

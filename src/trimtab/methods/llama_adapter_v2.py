@@ -4,20 +4,22 @@
 
 on every projection, every normalisation trained, and the gated adaption prompts of LLaMA-Adapter in the top layers,
 which pass the key and value projections with their bias and scale. The start is exactly the base model. Trained
-parameters: 2 · Σ out, those of the norms, and layers · (length · width + heads).
+parameters: 2 · Σ out, those of the norms, and layers · (length · width + heads). With image= what is made of a row's
+picture is added to the prompts, as in LLaMA-Adapter (eye.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from trimtab.contract import Context, Parts
 from trimtab.copies import NormCopy
-from trimtab.methods.llama_adapter import LlamaAdapter
+from trimtab.methods.eye import whole_path
+from trimtab.methods.llama_adapter import OF_IMAGES, LlamaAdapter, check_looking
 from trimtab.sites import LinearSite, Site, Sites
 
 
@@ -29,6 +31,18 @@ class LlamaAdapterV2:
     """Number of prompts a layer."""
     layers: str | None = None
     """Layers that get prompts, e.g. -10:; by default all but the lowest sixteenth."""
+    image: str | None = None
+    """A frozen vision encoder (a folder, hub id or pkg:NAME/path): what it sees is added to the prompts."""
+    look: Literal["global", "queries"] = "queries"
+    """global (the encoder's global features, v1) or queries (learned ones that attend to its tokens, v2)."""
+    scales: str | None = None
+    """Layers of the encoder whose global features are read, e.g. 5,11; by default four, evenly spaced."""
+    image_layers: str | None = None
+    """Layers whose prompts get the picture, e.g. 0:8 (early fusion); by default all that have prompts."""
+    image_hidden: int = 128
+    """Width of what is between the encoder's features and the prompts."""
+    blocks: int = 2
+    """Blocks of the query form."""
 
     name: ClassVar[str] = "llama-adapter-v2"
     kinds: ClassVar[frozenset[str]] = frozenset({"kv", "linear", "norm"})
@@ -38,6 +52,7 @@ class LlamaAdapterV2:
     paper: ClassVar[str] = "Gao et al. 2023, arXiv:2304.15010"
 
     def __post_init__(self) -> None:
+        check_looking(self)
         self._prompts()
 
     def build(self, sites: Sites, context: Context) -> Parts:
@@ -52,7 +67,12 @@ class LlamaAdapterV2:
         return self._prompts().parameter_count(sites) + 2 * sum(site.out_features for site in sites.linear) + norms
 
     def _prompts(self) -> LlamaAdapter:
-        return LlamaAdapter(length=self.length, layers=self.layers)
+        looking = {} if self.image is None else {name: getattr(self, name) for name in OF_IMAGES}
+        return LlamaAdapter(length=self.length, layers=self.layers, image=self.image, **looking)
+
+    def folded(self) -> LlamaAdapterV2:
+        """The same; a vision encoder in a folder by its whole path."""
+        return whole_path(self)
 
 
 class ScaledShift(nn.Module):
