@@ -280,6 +280,9 @@ def generate(
     prompt: Annotated[
         str, typer.Option(metavar="TEXT", help="The text; the run's template is put around it.", show_default=False)
     ],
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A picture that the text is about.", show_default=False)
+    ] = None,
     max_new_tokens: NewTokens = None,
     num_beams: Beams = None,
     length_penalty: Penalty = None,
@@ -300,7 +303,7 @@ def generate(
     run = load_run(folder).searching(
         num_beams=num_beams, length_penalty=length_penalty, no_repeat_ngram_size=no_repeat_ngram_size
     )
-    print(ask(run, prompt, max_new_tokens or run.max_new_tokens or NEW_TOKENS, choice or ()))
+    print(ask(run, prompt, max_new_tokens or run.max_new_tokens or NEW_TOKENS, choice or (), image))
 
 
 @command("merge")

@@ -66,7 +66,8 @@ class Collator:
     An example is anything with `input_ids` and `labels` as attributes or keys. Labels that are a list as long as the
     input get its padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes,
     floats are numbers. An example whose `input_ids` are lists offers choices: input_ids, attention_mask and, where it
-    has them, token_type_ids are [B, choices, n], and the choices that a row lacks are all padding, the mask 0.
+    has them, token_type_ids are [B, choices, n], and the choices that a row lacks are all padding, the mask 0. Where
+    examples have an `image`, `images` is the list of them, None for those without.
     """
 
     pad_id: int
@@ -74,9 +75,12 @@ class Collator:
     side: Literal["left", "right"] = "right"
     """Where the padding goes: right for training and scoring, left for generation."""
 
-    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         inputs = [list(read(example, "input_ids")) for example in examples]
-        tensors = self._choices(examples, inputs) if offers(inputs) else self._texts(inputs)
+        tensors: dict[str, Any] = self._choices(examples, inputs) if offers(inputs) else self._texts(inputs)
+        images = [read(example, "image") for example in examples]
+        if any(image is not None for image in images):
+            tensors = {**tensors, "images": images}
         labels = [read(example, "labels") for example in examples]
         if any(label is None for label in labels):
             return tensors

@@ -52,6 +52,27 @@ def trunk_height(adapter: Adapter) -> int:
     return max(0, min([*claimed, len(layers)]))
 
 
+def looks(adapter: Adapter) -> bool:
+    """Whether the adapter looks at pictures through a frozen encoder."""
+    entry: Any = adapter.model.trimtab.entries[adapter.name]  # type: ignore[union-attr, index]
+    return bool(entry.eyes())
+
+
+@contextmanager
+def cached_pictures(adapter: Adapter, store: Store) -> Iterator[None]:
+    """Inside, what the adapter's frozen encoder sees in a picture is kept, and computed once (sight.py)."""
+    entry: Any = adapter.model.trimtab.entries[adapter.name]  # type: ignore[union-attr, index]
+    before = [(eye.sight, eye.sight.store) for eye in entry.eyes()]
+    for sight, _ in before:
+        sight.store = store
+    try:
+        yield
+    finally:
+        for sight, kept in before:
+            sight.store = kept
+        store.commit()
+
+
 def kept_layers(adapter: Adapter) -> tuple[int, ...]:
     """The layers whose outputs are kept: the last one below everything, and those that a part reads."""
     attachments: Any = adapter.model.trimtab

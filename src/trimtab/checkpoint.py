@@ -37,6 +37,8 @@ WEIGHTS = "adapter_model.safetensors"
 FORMAT = 1
 BITS = "bits"
 """The key under which the safetensors file says how many packed bits it holds."""
+ENCODER = "encoder"
+"""The key under which the configuration says which vision encoder an adapter looks at pictures through."""
 _METHOD = "method"
 """The key under which the safetensors file says whose tensors it holds."""
 _SAMPLES = 1024  # elements of each tensor that enter the fingerprint
@@ -134,6 +136,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
         "name": adapter.name,
         "method": method_to_dict(method),
         "base": describe_base(adapter.model),
+        **describe_encoders(entry),
         "labels": list(entry.labels) if any(_is_task_head(site) for site in entry.sites) else None,
         "task": dict(task) if task is not None else None,
     }
@@ -168,6 +171,12 @@ def describe_base(model: PreTrainedModel) -> dict[str, Any]:
         "model_type": model.config.model_type,
         "fingerprint": model_fingerprint(model),
     }
+
+
+def describe_encoders(entry: Entry) -> dict[str, Any]:
+    """What the configuration says of the frozen encoder that the adapter looks at pictures through, if it does."""
+    eyes: list[Any] = entry.eyes()
+    return {ENCODER: eyes[0].sight.describe()} if eyes else {}
 
 
 def _save_whole(model: PreTrainedModel, folder: Path) -> None:
@@ -264,6 +273,7 @@ def load(
     shapes = getattr(method, "for_loading", lambda: method)()  # without what only the start needs: text, labels
     adapter = attach(model, shapes, name or str(config.get("name") or "default"))
     try:
+        _check_encoder(adapter, config, folder, force)
         if labels:
             adapter.fit_head(labels)
         adapter.fit_tensors(tensors)
@@ -273,6 +283,23 @@ def load(
         raise
     adapter._entry.method = method
     return adapter
+
+
+def _check_encoder(adapter: Adapter, config: Mapping[str, Any], folder: str | Path, force: bool) -> None:
+    """Raises UserError where the adapter was trained with another vision encoder than it looks through now."""
+    known = config.get(ENCODER) or {}
+    for eye in adapter._entry.eyes():
+        now: dict[str, Any] = eye.sight.describe()  # type: ignore[attr-defined]
+        if known.get("width") != now["width"]:
+            raise UserError(
+                f"{folder} was trained with a vision encoder that gives {known.get('width')} numbers a picture, "
+                f"{now['path']} gives {now['width']}"
+            )
+        if known.get("fingerprint") != now["fingerprint"] and not force:
+            raise UserError(
+                f"{folder} was trained with another vision encoder than {now['path']} holds now: the weights differ; "
+                "force=True loads it all the same"
+            )
 
 
 def _is_task_head(site: Any) -> bool:

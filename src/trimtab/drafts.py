@@ -39,7 +39,8 @@ def drafted(task: Drafting, rows: Sequence[Asked], reading: Reading) -> list[Exa
     examples: list[Example] = []
     for asked, (draft, _), ids, own in zip(rows, drafts, prompts, answers, strict=True):
         with asked.named():
-            examples += _fitted(codec, draft, ids, own, free, reading)
+            found = _fitted(codec, draft, ids, own, free, reading)
+            examples += found if draft.image is None else [replace(one, image=draft.image) for one in found]
     return examples
 
 

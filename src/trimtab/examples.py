@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from trimtab.errors import UserError, unknown
 from trimtab.forms import Row
+from trimtab.lazy_picture import Picture
 from trimtab.pseudo import add_pseudo_tokens
 from trimtab.templates import pseudo_tokens
 
@@ -33,6 +34,8 @@ class Example:
     """classify: the class; regress: the number; generate: the reference texts."""
     others: list[list[int]] = field(default_factory=list)
     """The tokens of further reference texts, which the loss of an evaluation counts as well."""
+    image: Picture | None = None
+    """The picture that belongs to the text."""
 
 
 @dataclass(frozen=True)

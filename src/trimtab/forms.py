@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from trimtab.chats import as_turn, conversation, question_and_answer
 from trimtab.errors import UserError
+from trimtab.lazy_picture import Picture
 from trimtab.templates import (
     Prompt,
     fill,
@@ -33,6 +34,8 @@ class Draft:
     answers: list[str]
     """As they follow the prompt, their leading space included; the first is the one to learn."""
     target: int | float | list[str]
+    image: Picture | None = None
+    """The picture that belongs to the prompt."""
 
 
 class Form(Protocol):

@@ -139,7 +139,8 @@ def load_vision_encoder(source: str) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the files lack, such as a pooler, is the same every time
-        model: Any = _load(transformers.AutoModel, source, dtype=torch.float32)
+        with quiet():  # about heads that are left out and poolers that are made
+            model: Any = _load(transformers.AutoModel, source, dtype=torch.float32)
     model = getattr(model, "vision_model", model)
     if model.main_input_name != "pixel_values":
         raise UserError(
@@ -147,11 +148,6 @@ def load_vision_encoder(source: str) -> PreTrainedModel:
             "image= takes a vision model, such as vit, dinov2 or clip"
         )
     return model.requires_grad_(False).eval()
-
-
-def load_image_processor(source: str) -> Any:
-    """What makes pixel values of pictures for a vision model. Raises UserError where its folder has none."""
-    return _load(transformers.AutoImageProcessor, source)
 
 
 def kind_of(source: str, task: str, template: str | None = None) -> Kind:
@@ -297,7 +293,11 @@ def _download(source: str) -> Path:
 
 
 def _load(loader: Any, source: str, **options: Any) -> Any:
-    place = locate(source)
+    return load_from(loader, locate(source), source, **options)
+
+
+def load_from(loader: Any, place: Place, source: str, **options: Any) -> Any:
+    """What one of transformers' loaders makes of a place's files. Raises UserError, naming `source`, if it cannot."""
     try:
         return loader.from_pretrained(place.path, local_files_only=place.local, **options)
     except (OSError, ValueError, SafetensorError) as error:  # missing files, unknown model types, damaged weights

@@ -193,5 +193,6 @@ def _rest(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     """The inputs without the first tokens of every row."""
     ids = inputs["input_ids"]
     places = torch.arange(length, ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
-    cut = {name: value[:, length:] for name, value in inputs.items() if value.shape == ids.shape}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    cut = {name: value[:, length:] for name, value in tensors.items() if value.shape == ids.shape}
     return {**inputs, **cut, "position_ids": places}

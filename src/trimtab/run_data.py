@@ -10,9 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.bars import progress
-from trimtab.data import hold_out, limit, load_rows
+from trimtab.data import hold_out, limit
+from trimtab.errors import UserError
 from trimtab.evaluate import evaluate
+from trimtab.methods.spec import parse_method
 from trimtab.models import Kind, kind_of, load_tokenizer
+from trimtab.row_pictures import COLUMN, load_pictured_rows
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, all_inputs, encode_all, prepare
@@ -62,7 +65,8 @@ class Source:
 
 def find_task(settings: TrainSettings) -> Source:
     """The rows and the task of settings. Raises UserError for everything that is wrong with them."""
-    rows = load_rows(settings.data)
+    pictures = image_column(settings)
+    rows = load_pictured_rows(settings.data, pictures)
     kind = kind_of(settings.model, settings.task, settings.template)
     task = prepare(
         settings.task,
@@ -74,10 +78,24 @@ def find_task(settings: TrainSettings) -> Source:
         template=settings.template,
         chat=settings.chat,
         label_words=settings.label_words,
+        image_column=pictures,
     )
     search = Search.of(settings)
     check_search(task, search, settings.max_new_tokens)
     return Source(rows, kind, task)
+
+
+def image_column(settings: TrainSettings) -> str | None:
+    """The column of pictures; None where the method looks at none. Raises UserError where one is named all the same."""
+    method = parse_method(settings.method)
+    own = getattr(method, "methods", (method,))
+    if any(getattr(one, "image", None) is not None for one in own):
+        return settings.image_column or COLUMN
+    if settings.image_column is not None:
+        raise UserError(
+            f"{method.name} looks at no pictures; leave --image-column out, or train llama-adapter[image=ENCODER]"
+        )
+    return None
 
 
 def load_data(settings: TrainSettings, source: Source, show: bool | None = None) -> Data:
@@ -99,7 +117,7 @@ def load_data(settings: TrainSettings, source: Source, show: bool | None = None)
 def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:
     """The rows to train on and those held out, each a seeded sample where there is a limit."""
     if settings.eval_data is not None:
-        train, held_out = rows, load_rows(settings.eval_data)
+        train, held_out = rows, load_pictured_rows(settings.eval_data, getattr(task, "image_column", None))
     else:
         sides = hold_out(rows, settings.eval_share, settings.seed, all_inputs(task, rows))
         train, held_out = (rows.select(side) for side in sides)

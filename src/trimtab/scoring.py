@@ -62,9 +62,12 @@ class Run:
                 bar(len(batch))
         return results
 
-    def tensors(self, examples: Sequence[Any], side: Any = "right") -> dict[str, Tensor]:
-        """Padded tensors on the model's device."""
-        return {key: value.to(self.model.device) for key, value in Collator(self.pad_id, side)(examples).items()}
+    def tensors(self, examples: Sequence[Any], side: Any = "right") -> dict[str, Any]:
+        """Padded tensors on the model's device, and the pictures if there are any."""
+        made = Collator(self.pad_id, side)(examples)
+        return {
+            key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in made.items()
+        }
 
     def answer_log_probabilities(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tensor:
         """log p of every token of the vocabulary at each answer's positions: [N, V], N all answers' tokens, in order.
@@ -284,11 +287,13 @@ def generated(run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[st
     side = "left" if run.kind == "causal" else "right"  # an encoder's padding must not part virtual tokens from a text
 
     def step(batch: list[int]) -> list[str]:
-        inputs = run.tensors([{"input_ids": prompts[index]} for index in batch], side)
+        asking = [{"input_ids": prompts[index], "image": read(examples[index], "image")} for index in batch]
+        inputs = run.tensors(asking, side)
         length = inputs["input_ids"].shape[1]
         embeds = placed_embeddings(model, inputs["input_ids"])
         if embeds is not None:  # penalties look up the prompt's ids, and pseudo tokens have no row there
-            inputs = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+            inputs = {**inputs, "inputs_embeds": embeds}
+            del inputs["input_ids"]
         found = model.generate(
             **inputs,
             max_new_tokens=new_tokens(method, model.config, length, max_new_tokens),

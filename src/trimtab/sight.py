@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,13 +26,12 @@ from trimtab.arch import select_layers
 from trimtab.checkpoint import model_fingerprint
 from trimtab.errors import UserError
 from trimtab.lazy_picture import Picture
-from trimtab.models import load_image_processor, load_vision_encoder, portable
+from trimtab.models import load_vision_encoder, portable
+from trimtab.processor import load_processor
 from trimtab.store import Store
 
 SCALES = 4
 """Layers whose global features are read where nothing else is said, evenly spaced, the last among them."""
-USUAL_SIZE = 224
-"""Pixels that a picture has each way where the encoder does not say it."""
 AT_ONCE = 32
 """Pictures that are run through the encoder in one call."""
 
@@ -46,7 +46,9 @@ class Sight:
     def __init__(self, source: str, *, layers: str | None = None, tokens: bool = False):
         self.source = source
         self.model = load_vision_encoder(source)
-        self.processor = load_image_processor(source)
+        self.processor = load_processor(source)
+        self.shape = tuple(self.processor(Image.new("RGB", (48, 32))).shape)
+        """Channels, height and width of a picture as the encoder reads it."""
         self.tokens, self.layers = tokens, layers
         self.store: Store | None = None
         """Where what was seen is kept; None keeps nothing but the last call's."""
@@ -61,14 +63,6 @@ class Sight:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "store": None, "_last": None}  # a copy of the model keeps its own
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a picture as the encoder reads it."""
-        config = self.model.config
-        size = getattr(config, "image_size", None) or USUAL_SIZE
-        height, width = size if isinstance(size, Sequence) else (size, size)
-        return getattr(config, "num_channels", 3), height, width
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """That of the encoder's weights."""
@@ -77,7 +71,7 @@ class Sight:
     @functools.cached_property
     def facts(self) -> str:
         """What features depend on besides the picture, in short: weights, how pixels are made, what is read."""
-        how = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
+        how = json.dumps(self.processor.inner.to_dict(), sort_keys=True, default=str)
         said = f"{self.fingerprint} {how} {'tokens' if self.tokens else self.chosen}"
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 

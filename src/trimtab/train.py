@@ -22,7 +22,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trimtab.adapter import Adapter, attach
 from trimtab.batches import ROWS, default_budget, length
-from trimtab.cache import trunk_facts, trunk_height
+from trimtab.cache import looks, trunk_facts, trunk_height
 from trimtab.checkpoint import model_fingerprint
 from trimtab.errors import UserError, unknown
 from trimtab.lengths import fitting_length
@@ -152,8 +152,11 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
 
 
 def make_store(settings: TrainSettings, adapter: Adapter, process: int) -> Store | None:
-    """Where the trunk's states are kept; None where every layer is trained. Each process has its own."""
-    if not trunk_height(adapter):
+    """Where the trunk's states and what is seen in pictures are kept; None where there is neither.
+
+    Each process has its own.
+    """
+    if not trunk_height(adapter) and not looks(adapter):
         if settings.cache is not None:
             said = "the cache %s stays unused: no layer lies below what %s trains"
             logging.getLogger("trimtab").warning(said, settings.cache, adapter.method.name)

@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 
 from trimtab.adapter import Adapter, adapters
 from trimtab.batches import Collator, TokenBatches, length
-from trimtab.cache import cached_trunk
+from trimtab.cache import cached_pictures, cached_trunk
 from trimtab.errors import UserError, unknown
 from trimtab.examples import IGNORED
 from trimtab.head import align_labels
@@ -170,9 +170,15 @@ class Trainer(transformers.Trainer):
         found = [weight.grad for weight in self.adapter.parameters()]
         return [grad for grad in [*found, *(part.gradient for part in self.adapter.searching())] if grad is not None]
 
-    def caching(self) -> AbstractContextManager[None]:
-        """Inside, what the store knows of the layers below the lowest trained one is not computed again."""
-        return nullcontext() if self.store is None else cached_trunk(self.adapter, self.store)
+    @contextmanager
+    def caching(self) -> Iterator[None]:
+        """Inside, what the store knows of the layers below the lowest trained one, and of pictures, is not computed
+        again."""
+        if self.store is None:
+            yield
+            return
+        with cached_trunk(self.adapter, self.store), cached_pictures(self.adapter, self.store):
+            yield
 
     def _sharing(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
         """The inputs without what all rows begin with, which is run once inside (prefix_share.py)."""

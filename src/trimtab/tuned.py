@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.adapter import adapters
 from trimtab.checkpoint import load, read_adapter_config
-from trimtab.data import limit, load_rows, resolve
+from trimtab.data import limit, resolve
 from trimtab.errors import UserError
 from trimtab.evaluate import evaluate, predict
 from trimtab.forms import Row
@@ -20,6 +20,7 @@ from trimtab.lengths import fitting_length, prompt_length
 from trimtab.methods.spec import method_from_dict
 from trimtab.models import Kind, kind_of, load_config, load_for, load_tokenizer, same_source
 from trimtab.run_data import encode, split_rows
+from trimtab.row_pictures import load_pictured_rows, picture_of
 from trimtab.run_folder import RUN, begun
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
@@ -82,17 +83,21 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
     return Tuned(model, load_tokenizer(source), task, kind, longest, search, new)
 
 
-def ask(run: Tuned, prompt: str, max_new_tokens: int, choices: Sequence[str] = ()) -> str:
+def ask(
+    run: Tuned, prompt: str, max_new_tokens: int, choices: Sequence[str] = (), image: str | Path | None = None
+) -> str:
     """What a run answers to a text: of `choices` where its task is to choose, else the label, the number, the tags, or
-    at most so many tokens; the text is cut to leave room for them.
+    at most so many tokens; the text is cut to leave room for them. With an `image` the text is about that picture;
+    without one the answer is that to a row without a picture.
 
-    Raises UserError for choices that the task does not take, and for fewer than two where it does.
+    Raises UserError for choices that the task does not take, and for fewer than two where it does; for a picture that
+    cannot be read, and for any where the run was trained without pictures.
     """
     longest = run.max_length
     if run.task.writes:
         method = next((adapter.method for adapter in adapters(run.model).values()), None)
         longest = prompt_length(method, run.model.config, longest, max_new_tokens)
-    row = {**run.task.question(prompt), **_offered(run.task, choices)}
+    row = {**run.task.question(prompt), **_offered(run.task, choices), **_shown(run.task, image)}
     examples = encode_all(run.task, [row], run.tokenizer, longest, run.kind, asking=True)
     how: Any = {"max_new_tokens": max_new_tokens, "search": run.search, "show": False}
     return predict(run.model, run.tokenizer, run.task, examples, run.kind, **how)[0]
@@ -106,6 +111,17 @@ def _offered(task: Task, choices: Sequence[str]) -> Row:
     if choices:
         raise UserError(f"the task {task.name!r} takes no choices")
     return {}
+
+
+def _shown(task: Task, image: str | Path | None) -> Row:
+    """The part of a row that holds its picture."""
+    name = getattr(task, "image_column", None)
+    if image is None:
+        return {}
+    if name is None:
+        raise UserError("this run was trained without pictures; leave --image out, or train llama-adapter[image=ENCODER]")
+    picture_of({name: str(image)}, name)  # so that the error names no row
+    return {name: str(image)}
 
 
 def _base(folder: Path, config: Mapping[str, Any], run: TrainSettings | None) -> str:
@@ -141,7 +157,8 @@ def evaluate_run(
     another search than the run's. Raises UserError as `load_run`, and for data that does not fit the task.
     """
     tuned = load_run(folder).searching(**search)
-    rows = _held_out_rows(Path(folder).expanduser(), tuned.task) if data is None else load_rows(data)
+    pictures = getattr(tuned.task, "image_column", None)
+    rows = _held_out_rows(Path(folder).expanduser(), tuned.task) if data is None else load_pictured_rows(data, pictures)
     rows = limit(rows, limit_rows, 0)
     examples = encode(tuned.task, rows, tuned.tokenizer, tuned.max_length, tuned.kind, show)
     how: Any = {"max_new_tokens": tuned.max_new_tokens, "search": tuned.search, "show": show}
@@ -152,6 +169,7 @@ def _held_out_rows(folder: Path, task: Task) -> Any:
     settings = begun(folder)
     if settings is None:
         raise UserError(f"{folder} has no {RUN} that names its data; say which data to evaluate on")
+    pictures = getattr(task, "image_column", None)
     if settings.eval_data is not None:
-        return limit(load_rows(settings.eval_data), settings.eval_limit, settings.seed)
-    return split_rows(settings, task, load_rows(settings.data))[1]
+        return limit(load_pictured_rows(settings.eval_data, pictures), settings.eval_limit, settings.seed)
+    return split_rows(settings, task, load_pictured_rows(settings.data, pictures))[1]

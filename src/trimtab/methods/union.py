@@ -81,6 +81,7 @@ class Union:
                 _check_claim(site, claims.get(site, {}), method.name, part)
                 claims.setdefault(site, {})[method.name] = part
         _check_gradients(claims)
+        _check_pictures(claims)
         return {site: Together(own) if len(own) > 1 else next(iter(own.values())) for site, own in claims.items()}
 
     def parameter_count(self, sites: Sites) -> int:
@@ -121,6 +122,22 @@ def _check_gradients(claims: Mapping[Site, Mapping[str, nn.Module]]) -> None:
     if readers and inside:
         raise UserError(
             f"{min(readers)} runs the base without gradients, so {inside[0]} in it would learn nothing; leave one out"
+        )
+
+
+def _check_pictures(claims: Mapping[Site, Mapping[str, nn.Module]]) -> None:
+    """Raises UserError where virtual tokens are run once for all rows and prompts depend on the row's picture."""
+    looking = [name for own in claims.values() for name, part in own.items() if hasattr(part, "eye")]
+    virtual = [
+        name
+        for site, own in claims.items()
+        if isinstance(site, EmbedsSite) and site.insert == "shared"
+        for name in own
+    ]
+    if looking and virtual:
+        raise UserError(
+            f"{looking[0]} with image= makes each row's attention its own, and {virtual[0]} has virtual tokens that are "
+            "the same for all rows; leave one out"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from trimtab.drafts import drafted
 from trimtab.errors import UserError, unknown
 from trimtab.examples import IGNORED, Asked, Example, Reading, encode_one
 from trimtab.forms import FORMS, Draft, Form, Row
+from trimtab.row_pictures import picture_key, picture_of
 from trimtab.scoring import LONGEST_ANSWER, Run, answer_loss, generated, prompt_of
 from trimtab.tasks.task import Wishes, config_of
 from trimtab.templates import check_template, placeholders
@@ -37,16 +39,22 @@ class Generate:
     """The column of the answers: a text, or a list of reference texts."""
     form: str = "template"
     """How a row is read: "template", "joined", "alpaca" or "messages"."""
+    image_column: str | None = None
+    """The column of the pictures, which rows may lack; None where no row has one."""
 
     name: ClassVar[str] = "generate"
     kinds: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     head: ClassVar[str | None] = None
-    takes: ClassVar[frozenset[str]] = frozenset({"template", "chat"})
+    takes: ClassVar[frozenset[str]] = frozenset({"template", "chat", "image_column"})
     writes: ClassVar[bool] = True
 
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Generate:
         """Finds the form of the rows where neither template nor label column is given."""
+        return dataclasses.replace(cls._of_texts(rows, wishes), image_column=wishes.image_column)
+
+    @classmethod
+    def _of_texts(cls, rows: Rows, wishes: Wishes) -> Generate:
         names, chat, given = columns(rows), wishes.chat, wishes.text_column
         if wishes.template is None and wishes.label_column is None:
             if is_messages(rows[0].get(given or "messages")):
@@ -77,8 +85,12 @@ class Generate:
         return self.chat or self.form == "messages"
 
     def inputs(self, row: Row) -> str:
-        """What the model may see of a row, to tell duplicates by."""
-        return self._form.inputs(row)
+        """What the model may see of a row, to tell duplicates by; of a row with a picture that, whatever is asked.
+
+        So all questions about a picture are held out, or none.
+        """
+        picture = picture_key(row, self.image_column)
+        return self._form.inputs(row) if picture is None else picture
 
     def question(self, text: str) -> Row:
         """A row without an answer for a text alone."""
@@ -86,7 +98,8 @@ class Generate:
 
     def draft(self, row: Row, codec: Codec, asking: bool) -> Draft:
         """The row as strings; without its answer if `asking`."""
-        return self._form.draft(row, codec, asking)
+        made = self._form.draft(row, codec, asking)
+        return dataclasses.replace(made, image=picture_of(row, self.image_column))
 
     def ends(self, codec: Codec) -> bool:
         """Answers always end, so that the model learns to stop."""
@@ -137,18 +150,23 @@ def with_each_answer(example: Example, kind: str) -> list[Example]:
     return [
         example,
         *(
-            Example(prompt + answer if kind == "causal" else prompt, shifted + answer, len(prompt), example.target)
+            dataclasses.replace(
+                example,
+                input_ids=prompt + answer if kind == "causal" else prompt,
+                labels=shifted + answer,
+                others=[],
+            )
             for answer in getattr(example, "others", ())
         ),
     ]
 
 
 def _prompts(examples: Sequence[Example]) -> tuple[list[Example], list[list[str]]]:
-    """One example for each different prompt, and its references: those of all rows that have it."""
-    asked: dict[tuple[int, ...], Example] = {}
-    references: dict[tuple[int, ...], dict[str, None]] = {}
+    """One example for each different prompt and picture, and its references: those of all rows that have it."""
+    asked: dict[Any, Example] = {}
+    references: dict[Any, dict[str, None]] = {}
     for example in examples:
-        prompt = tuple(prompt_of(example))
+        prompt = (*prompt_of(example), None if example.image is None else example.image.key)
         asked.setdefault(prompt, example)
         references.setdefault(prompt, {}).update(dict.fromkeys(example.target))  # type: ignore[arg-type]
     return list(asked.values()), [list(own) for own in references.values()]

@@ -27,6 +27,7 @@ class Wishes:
     template: str | None = None
     chat: bool = False
     label_words: Mapping[str, str] | None = None
+    image_column: str | None = None
 
     def check(self, name: str, takes: Mapping[str, frozenset[str]]) -> None:
         """Raises UserError for a wish that means nothing to this task; `takes` says to which ones it does."""
@@ -41,6 +42,7 @@ _SAID = {
     "template": "a template belongs",
     "chat": "chat belongs",
     "choices_column": "a column of choices belongs",
+    "image_column": "a column of pictures belongs",
 }
 
 
