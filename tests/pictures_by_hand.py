@@ -1,5 +1,5 @@
-"""LLaMA-Adapter with a picture, row by row and layer by layer in float64, from the equations. Knows nothing of trimtab's
-modules but the names of trained tensors."""
+"""LLaMA-Adapter with a picture, row by row and layer by layer in float64, from the equations. Knows nothing of
+trimtab's modules but the names of trained tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def save_vit(folder: Path, *, seed: int = 0, **changes: int) -> str:
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     torch.manual_seed(seed)
-    model = tf.ViTModel(tf.ViTConfig(**{**VIT, "image_size": SIZE, "patch_size": 4, **changes}), add_pooling_layer=False)
+    model = tf.ViTModel(
+        tf.ViTConfig(**{**VIT, "image_size": SIZE, "patch_size": 4, **changes}), add_pooling_layer=False
+    )
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)

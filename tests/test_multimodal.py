@@ -42,8 +42,8 @@ def method(vit: str, look: str = "global", more: str = "") -> str:
 
 def attached(family: str, spec: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
     """A tiny model with an adapter whose gates are open."""
+    model = tiny(family, dtype)  # whose making seeds torch the first time
     torch.manual_seed(3)
-    model = tiny(family, dtype)
     adapter = tt.attach(model, spec)
     with torch.no_grad():
         for parameter in adapter.parameters():

@@ -67,7 +67,7 @@ class Collator:
     input get its padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes,
     floats are numbers. An example whose `input_ids` are lists offers choices: input_ids, attention_mask and, where it
     has them, token_type_ids are [B, choices, n], and the choices that a row lacks are all padding, the mask 0. Where
-    examples have an `image`, `images` is the list of them, None for those without.
+    examples have an `image`, `images` is the list of them, None for those without; likewise `stages` of a `stage`.
     """
 
     pad_id: int
@@ -81,6 +81,9 @@ class Collator:
         images = [read(example, "image") for example in examples]
         if any(image is not None for image in images):
             tensors = {**tensors, "images": images}
+        stages = [read(example, "stage") for example in examples]
+        if any(stage is not None for stage in stages):
+            tensors = {**tensors, "stages": stages}
         labels = [read(example, "labels") for example in examples]
         if any(label is None for label in labels):
             return tensors

@@ -32,6 +32,7 @@ method whose start needs text has `for_loading() -> method` with the same shapes
 a part that improves by search instead of by an optimizer has `search(loss, step)`, called once an optimizer step with
 what measures the loss of the step's batches, and `gradient`, what backward passes have left for it since (or None), and
 its method then has `found(parts) -> method`, the method with what the parts found; `finding` is that in a sentence;
+a part may have `stage`, the tag of the rows that train it in disjoint training (stages.py);
 `rows` is how many rows of mean length a batch holds where nothing else is said;
 one that trains a template's pseudo tokens has `for_template(count) -> method` (pseudo.py) and `inside`, their number;
 `own_head = True` says that the method deals with the task head itself; `exclusive = True` on a part says that it takes

@@ -40,7 +40,7 @@ def drafted(task: Drafting, rows: Sequence[Asked], reading: Reading) -> list[Exa
     for asked, (draft, _), ids, own in zip(rows, drafts, prompts, answers, strict=True):
         with asked.named():
             found = _fitted(codec, draft, ids, own, free, reading)
-            examples += found if draft.image is None else [replace(one, image=draft.image) for one in found]
+            examples += [replace(one, image=draft.image, stage=draft.stage) for one in found]
     return examples
 
 

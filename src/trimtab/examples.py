@@ -36,6 +36,8 @@ class Example:
     """The tokens of further reference texts, which the loss of an evaluation counts as well."""
     image: Picture | None = None
     """The picture that belongs to the text."""
+    stage: str | None = None
+    """Which part of the adapter it trains (stages.py); None for all."""
 
 
 @dataclass(frozen=True)

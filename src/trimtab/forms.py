@@ -36,6 +36,8 @@ class Draft:
     target: int | float | list[str]
     image: Picture | None = None
     """The picture that belongs to the prompt."""
+    stage: str | None = None
+    """Which part of an adapter the row trains; None for all."""
 
 
 class Form(Protocol):

@@ -79,6 +79,7 @@ def find_task(settings: TrainSettings) -> Source:
         chat=settings.chat,
         label_words=settings.label_words,
         image_column=pictures,
+        stage_column=settings.stage_column,
     )
     search = Search.of(settings)
     check_search(task, search, settings.max_new_tokens)

@@ -28,6 +28,7 @@ from trimtab.lengths import new_tokens
 from trimtab.objectives import Objective, Tokens, whole_inputs
 from trimtab.prefix_share import shared_prefix
 from trimtab.search import GREEDY, Search
+from trimtab.stages import NAME as STAGES
 from trimtab.virtual import placed_embeddings
 
 Ids = Sequence[int]
@@ -65,9 +66,8 @@ class Run:
     def tensors(self, examples: Sequence[Any], side: Any = "right") -> dict[str, Any]:
         """Padded tensors on the model's device, and the pictures if there are any."""
         made = Collator(self.pad_id, side)(examples)
-        return {
-            key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in made.items()
-        }
+        made.pop(STAGES, None)  # which matter in training alone
+        return {key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in made.items()}
 
     def answer_log_probabilities(self, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tensor:
         """log p of every token of the vocabulary at each answer's positions: [N, V], N all answers' tokens, in order.

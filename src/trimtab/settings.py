@@ -33,6 +33,8 @@ class TrainSettings:
     """Column that holds a list of choices to choose from, or one column a choice: a,b,c."""
     image_column: str | None = None
     """Column that holds a row's picture (a file's path); by default image, for a method that looks at pictures."""
+    stage_column: str | None = None
+    """Column that tags a row caption or instruction, for disjoint training of a method that looks at pictures."""
     label_words: Mapping[str, str] | None = None
     """What a language model says for each label, e.g. 0=no,1=yes."""
     template: str | None = None

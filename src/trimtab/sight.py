@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch

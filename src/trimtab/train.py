@@ -33,6 +33,7 @@ from trimtab.pseudo import for_template
 from trimtab.run_data import Data, Source, find_task, load_data
 from trimtab.run_folder import LOG, begin, check_output, check_resume, finish
 from trimtab.settings import TrainSettings
+from trimtab.stages import check_stages
 from trimtab.store import Store
 from trimtab.trainer import Trainer
 from trimtab.tuned import Tuned, evaluate_run, load_run
@@ -59,6 +60,8 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
     words = getattr(data.task, "words", ())  # of a task that has some
     model = load_for(data.task, settings.model, data.kind, dtype=settings.dtype, seed=settings.seed)
     adapter = attach(model, settings.method, settings.name, tokenizer=data.tokenizer, labels=words)
+    if settings.stage_column is not None:
+        check_stages(adapter)
     trainer = make_trainer(settings, folder, data, adapter, show)
     main = trainer.is_world_process_zero()
     if main:

@@ -36,8 +36,12 @@ from trimtab.methods.spec import format_method
 from trimtab.objectives import PER, Objective, count, objective_of
 from trimtab.prefix_share import shared_prefix
 from trimtab.snapshots import ABOUT, WEIGHTS, building, checkpoint_path, last_checkpoint, read_about, rotate, sweep
+from trimtab.stages import by_stage, training_only
 from trimtab.store import Store
 from trimtab.watch import Guard, Interrupt, Meter, StepBar, StepLog
+
+NOT_IN_FORWARD = ("image", "stage")
+"""Fields of an example that reach the model by another name, or not at all."""
 
 
 class Trainer(transformers.Trainer):
@@ -79,6 +83,8 @@ class Trainer(transformers.Trainer):
             raise unknown("loss_per", loss_per, PER)
         self.batch_tokens, self.scorer, self.loss_per = batch_tokens, scorer, loss_per
         self.share, self.store = share, store
+        self.taken_apart = 1
+        """Pieces of the present batch that are run by themselves (stages.py)."""
         self.objective: Objective | None = objective
         self.meter, self.pieces = Meter(), list[tuple[dict[str, Any], Any]]()
         self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
@@ -127,9 +133,15 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; notes the loss and the tokens, of all processes together."""
         tokens = _tokens(inputs)
-        self.pieces.append((inputs, num_items_in_batch))
-        with self._sharing(inputs) as rest:
-            loss = super().training_step(model, rest, num_items_in_batch)
+        losses, pieces = [], by_stage(inputs)
+        if len(pieces) > 1 and self.args.world_size > 1:
+            raise UserError("disjoint training runs in one process; leave --stage-column out, or start one")
+        self.taken_apart = len(pieces)
+        for stage, piece in pieces:
+            self.pieces.append((piece, num_items_in_batch))
+            with training_only(self.adapter, stage), self._sharing(piece) as rest:
+                losses.append(super().training_step(model, rest, num_items_in_batch))
+        loss = torch.stack(losses).sum()
         if self.args.world_size > 1:  # every process sees the same numbers, so that all stop where one must
             tokens = self.accelerator.reduce(tokens.to(loss.device))
             self.meter.add(self.accelerator.reduce(loss, reduction="mean"), tokens)
@@ -237,7 +249,7 @@ class Trainer(transformers.Trainer):
         """This batch's share of the method's own term, which counts once an optimizer step; 0 in evaluation."""
         if not model.training:
             return 0.0
-        return self.adapter.extra_loss() / getattr(self, "current_gradient_accumulation_steps", 1)
+        return self.adapter.extra_loss() / getattr(self, "current_gradient_accumulation_steps", 1) / self.taken_apart
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' estimate, which walks through the whole model at every step; here its size is asked once."""
@@ -294,6 +306,12 @@ class Trainer(transformers.Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in undecayed]
 
     # Batches
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """What the collator reads of an example and the model's forward does not name is no unused column."""
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns += [name for name in NOT_IN_FORWARD if name not in columns]
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches by token budget if one is set, else transformers' own."""

@@ -19,8 +19,8 @@ from trimtab.forms import Row
 from trimtab.lengths import fitting_length, prompt_length
 from trimtab.methods.spec import method_from_dict
 from trimtab.models import Kind, kind_of, load_config, load_for, load_tokenizer, same_source
-from trimtab.run_data import encode, split_rows
 from trimtab.row_pictures import load_pictured_rows, picture_of
+from trimtab.run_data import encode, split_rows
 from trimtab.run_folder import RUN, begun
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
@@ -119,7 +119,9 @@ def _shown(task: Task, image: str | Path | None) -> Row:
     if image is None:
         return {}
     if name is None:
-        raise UserError("this run was trained without pictures; leave --image out, or train llama-adapter[image=ENCODER]")
+        raise UserError(
+            "this run was trained without pictures; leave --image out, or train llama-adapter[image=ENCODER]"
+        )
     picture_of({name: str(image)}, name)  # so that the error names no row
     return {name: str(image)}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimtab.errors import UserError
+from trimtab.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from trimtab.sight import Sight
@@ -31,12 +31,38 @@ HEADS = 4
 class Looking(Protocol):
     """The settings of a method that looks at pictures."""
 
-    length: int
-    image: str | None
-    look: str
-    scales: str | None
-    image_hidden: int
-    blocks: int
+    @property
+    def length(self) -> int: ...
+    @property
+    def image(self) -> str | None: ...
+    @property
+    def look(self) -> str: ...
+    @property
+    def scales(self) -> str | None: ...
+    @property
+    def image_hidden(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+
+
+OF_IMAGES = ("look", "scales", "image_layers", "image_hidden", "blocks")
+"""The settings that mean something where there is an encoder."""
+
+
+def check_looking(method: Any) -> None:
+    """Raises UserError for settings of pictures without an encoder, or that mean nothing."""
+    known = {field.name: field.default for field in dataclasses.fields(method)}
+    changed = [name for name in OF_IMAGES if getattr(method, name) != known.get(name, getattr(method, name))]
+    if method.image is None and changed:
+        raise UserError(f"{method.name}: {changed[0]} means nothing without image=ENCODER")
+    if method.look not in (looks := ("global", "queries")):
+        raise unknown(f"{method.name}: look", method.look, looks)
+    if method.look == "queries" and method.scales is not None:
+        raise UserError(f"{method.name}: scales= belongs to look=global; queries read the encoder's last layer")
+    if method.look == "queries" and method.image_hidden % HEADS:
+        raise UserError(f"{method.name}: image_hidden={method.image_hidden} must be a multiple of {HEADS}")
+    if method.image_hidden < 1 or method.blocks < 1:
+        raise UserError(f"{method.name}: image_hidden and blocks must be at least 1")
 
 
 def sight_of(method: Looking) -> Sight:

@@ -16,17 +16,17 @@ of zero leave the base's answers as they are, and a row without a picture has I 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from trimtab.arch import select_layers
 from trimtab.contract import Context, Parts
-from trimtab.errors import UserError, unknown
-from trimtab.methods.eye import HEADS, Eye, Global, Queries, sight_of, whole_path
-from trimtab.sites import KVSite, LinearSite, Sites
+from trimtab.errors import UserError
+from trimtab.methods.eye import Eye, Global, Queries, check_looking, sight_of, whole_path
+from trimtab.sites import KVSite, LinearSite, Site, Sites
 
 LEFT_OUT = 16
 """One layer in so many, the lowest, gets no prompts by default: 2 of LLaMA-7B's 32, as in the paper."""
@@ -80,12 +80,12 @@ class LlamaAdapter:
         chosen, seeing = self.chosen(sites), self.seeing(sites)
         if self.attention == "joint":
             return {site: JointPrompts(site, self) for site in chosen}
-        parts = {site: GatedPrompts(site, self) for site in chosen}
+        gated = {site: GatedPrompts(site, self) for site in chosen}
         if seeing:
             eye = Eye(self, seeing[0].k.in_features)
             for site in chosen:
-                parts[site].look(eye, owner=site is seeing[0], sees=site in seeing)
-        return parts
+                gated[site].look(eye, owner=site is seeing[0], sees=site in seeing)
+        return dict[Site, nn.Module](gated.items())
 
     def parameter_count(self, sites: Sites) -> int:
         """layers · (length · width + heads), and with image= what makes I (eye.py)."""
@@ -118,7 +118,6 @@ class LlamaAdapter:
         layers = range(count // LEFT_OUT, count) if self.layers is None else select_layers(self.layers, count)
         return [site for site in sites.kv if site.stack == stack and not site.cross and site.layer in layers]
 
-
     def seeing(self, sites: Sites) -> list[KVSite]:
         """The chosen attentions whose prompts get the picture; none without image=.
 
@@ -139,26 +138,6 @@ class LlamaAdapter:
         return found
 
 
-OF_IMAGES = ("look", "scales", "image_layers", "image_hidden", "blocks")
-"""The settings that mean something where there is an encoder."""
-
-
-def check_looking(method: Any) -> None:
-    """Raises UserError for settings of pictures without an encoder, or that mean nothing."""
-    known = {field.name: field.default for field in fields(method)}
-    changed = [name for name in OF_IMAGES if getattr(method, name) != known.get(name, getattr(method, name))]
-    if method.image is None and changed:
-        raise UserError(f"{method.name}: {changed[0]} means nothing without image=ENCODER")
-    if method.look not in (looks := ("global", "queries")):
-        raise unknown(f"{method.name}: look", method.look, looks)
-    if method.look == "queries" and method.scales is not None:
-        raise UserError(f"{method.name}: scales= belongs to look=global; queries read the encoder's last layer")
-    if method.look == "queries" and method.image_hidden % HEADS:
-        raise UserError(f"{method.name}: image_hidden={method.image_hidden} must be a multiple of {HEADS}")
-    if method.image_hidden < 1 or method.blocks < 1:
-        raise UserError(f"{method.name}: image_hidden and blocks must be at least 1")
-
-
 class GatedPrompts(nn.Module):
     """tanh(g_h) · softmax(q K_pᵀ · s) V_p"""
 
@@ -169,7 +148,7 @@ class GatedPrompts(nn.Module):
         self.site = (site,)  # in a tuple: the base's projections are no part of the adapter
         self.tanh = method.tanh
         self.seen: tuple[Eye, ...] = ()
-        self.whole = False
+        self.whole, self.stage = False, "instruction"
 
     def look(self, eye: Eye, *, owner: bool, sees: bool) -> None:
         """Have prompts that depend on the row's picture; the owner has the eye's tensors among its own."""
@@ -177,6 +156,7 @@ class GatedPrompts(nn.Module):
         if owner:
             self.eye = eye
         self.seen = (eye,) if sees else ()  # in a tuple: its tensors are the owner's
+        self.stage = "caption" if sees else "instruction"
 
     def context(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """query [batch, heads, n, head width] -> [batch, n, heads, head width]"""

@@ -18,8 +18,8 @@ from torch import nn
 
 from trimtab.contract import Context, Parts
 from trimtab.copies import NormCopy
-from trimtab.methods.eye import whole_path
-from trimtab.methods.llama_adapter import OF_IMAGES, LlamaAdapter, check_looking
+from trimtab.methods.eye import OF_IMAGES, check_looking, whole_path
+from trimtab.methods.llama_adapter import LlamaAdapter
 from trimtab.sites import LinearSite, Site, Sites
 
 

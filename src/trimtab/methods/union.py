@@ -129,15 +129,12 @@ def _check_pictures(claims: Mapping[Site, Mapping[str, nn.Module]]) -> None:
     """Raises UserError where virtual tokens are run once for all rows and prompts depend on the row's picture."""
     looking = [name for own in claims.values() for name, part in own.items() if hasattr(part, "eye")]
     virtual = [
-        name
-        for site, own in claims.items()
-        if isinstance(site, EmbedsSite) and site.insert == "shared"
-        for name in own
+        name for site, own in claims.items() if isinstance(site, EmbedsSite) and site.insert == "shared" for name in own
     ]
     if looking and virtual:
         raise UserError(
-            f"{looking[0]} with image= makes each row's attention its own, and {virtual[0]} has virtual tokens that are "
-            "the same for all rows; leave one out"
+            f"{looking[0]} with image= makes each row's attention its own, and {virtual[0]} has virtual tokens that "
+            "are the same for all rows; leave one out"
         )
 
 

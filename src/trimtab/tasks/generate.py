@@ -16,6 +16,7 @@ from trimtab.examples import IGNORED, Asked, Example, Reading, encode_one
 from trimtab.forms import FORMS, Draft, Form, Row
 from trimtab.row_pictures import picture_key, picture_of
 from trimtab.scoring import LONGEST_ANSWER, Run, answer_loss, generated, prompt_of
+from trimtab.stages import stage_of
 from trimtab.tasks.task import Wishes, config_of
 from trimtab.templates import check_template, placeholders
 from trimtab.text_metrics import text_metrics
@@ -41,17 +42,22 @@ class Generate:
     """How a row is read: "template", "joined", "alpaca" or "messages"."""
     image_column: str | None = None
     """The column of the pictures, which rows may lack; None where no row has one."""
+    stage_column: str | None = None
+    """The column of the tags of disjoint training, which rows may lack; None where no row has one."""
 
     name: ClassVar[str] = "generate"
     kinds: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     head: ClassVar[str | None] = None
-    takes: ClassVar[frozenset[str]] = frozenset({"template", "chat", "image_column"})
+    takes: ClassVar[frozenset[str]] = frozenset({"template", "chat", "image_column", "stage_column"})
     writes: ClassVar[bool] = True
 
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Generate:
         """Finds the form of the rows where neither template nor label column is given."""
-        return dataclasses.replace(cls._of_texts(rows, wishes), image_column=wishes.image_column)
+        if wishes.stage_column is not None and wishes.stage_column not in (names := columns(rows)):
+            raise unknown("stage column", wishes.stage_column, names)
+        own: Any = {"image_column": wishes.image_column, "stage_column": wishes.stage_column}
+        return dataclasses.replace(cls._of_texts(rows, wishes), **own)
 
     @classmethod
     def _of_texts(cls, rows: Rows, wishes: Wishes) -> Generate:
@@ -99,7 +105,8 @@ class Generate:
     def draft(self, row: Row, codec: Codec, asking: bool) -> Draft:
         """The row as strings; without its answer if `asking`."""
         made = self._form.draft(row, codec, asking)
-        return dataclasses.replace(made, image=picture_of(row, self.image_column))
+        stage = None if asking or self.stage_column is None else stage_of(row.get(self.stage_column))
+        return dataclasses.replace(made, image=picture_of(row, self.image_column), stage=stage)
 
     def ends(self, codec: Codec) -> bool:
         """Answers always end, so that the model learns to stop."""

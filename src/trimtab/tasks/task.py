@@ -28,6 +28,7 @@ class Wishes:
     chat: bool = False
     label_words: Mapping[str, str] | None = None
     image_column: str | None = None
+    stage_column: str | None = None
 
     def check(self, name: str, takes: Mapping[str, frozenset[str]]) -> None:
         """Raises UserError for a wish that means nothing to this task; `takes` says to which ones it does."""
@@ -43,6 +44,7 @@ _SAID = {
     "chat": "chat belongs",
     "choices_column": "a column of choices belongs",
     "image_column": "a column of pictures belongs",
+    "stage_column": "a column of stages belongs",
 }
 
 
