@@ -275,7 +275,11 @@ def _download(source: str) -> Path:
 
 
 def _load(loader: Any, source: str, **options: Any) -> Any:
-    place = locate(source)
+    return load_from(loader, locate(source), source, **options)
+
+
+def load_from(loader: Any, place: Place, source: str, **options: Any) -> Any:
+    """What one of transformers' loaders makes of a place's files. Raises UserError, naming `source`, if it cannot."""
     try:
         return loader.from_pretrained(place.path, local_files_only=place.local, **options)
     except (OSError, ValueError, SafetensorError) as error:  # missing files, unknown model types, damaged weights

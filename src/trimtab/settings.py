@@ -27,6 +27,8 @@ class TrainSettings:
     """classify, regress, tag, choose or generate."""
     text_column: str | None = None
     """Column that holds the text, the words or the question; nested keys as input.-1.content."""
+    image_column: str | None = None
+    """Column that holds the pictures: paths (from the data file's folder), bytes, or images of `datasets`."""
     label_column: str | None = None
     """Column that holds the label, the number, the tags or the answer."""
     choices_column: str | None = None

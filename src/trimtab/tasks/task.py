@@ -22,6 +22,7 @@ class Wishes:
     """What a user may say of a task; None (and no chat) where the task chooses."""
 
     text_column: str | None = None
+    image_column: str | None = None
     label_column: str | None = None
     choices_column: str | None = None
     template: str | None = None
@@ -41,6 +42,7 @@ _SAID = {
     "template": "a template belongs",
     "chat": "chat belongs",
     "choices_column": "a column of choices belongs",
+    "image_column": "a column of pictures belongs",
 }
 
 
