@@ -16,18 +16,23 @@ import numpy as np
 from benchmarks.bootstrap import RESAMPLES, Answers, paired
 from benchmarks.cells import Figures, known, write
 from benchmarks.pages import fill, header, row, spread
-from benchmarks.quality import CHOOSING_TASK, Entry, Plan
+from benchmarks.quality import CHOOSING_TASK, Cell, Entry, Plan
 from benchmarks.quality_picture import draw
 from benchmarks.quality_results import Results, mean, size_of
 
-PAIRS = (("houlsby", "full"), ("adamix", "full"), ("adamix", "single-6"), ("adamix", "single-3"))
+PAIRS = (
+    ("houlsby", "full"), ("adamix", "full"), ("adamix", "single-6"), ("adamix", "single-3"),
+    ("mask", "full"), ("diff-pruning", "full"), ("ladder", "lora"), ("side", "lora"),
+)  # fmt: skip
 ALTERNATIVE = "![Accuracy of each method against its trained parameters](pictures/quality.png)"
 CAPTION = "Bars and the shades of the lines: the standard deviation over seeds of the mean over tasks."
 
 
 def report(plan: Plan, folder: Path, docs: Path | None) -> None:
     """Print the tables; write them, the figures and the picture into the documentation, or beside the results."""
-    results = Results(plan, known(folder, plan.every_cell()))
+    cells = plan.every_cell()
+    before = {} if docs is None else committed(docs / "quality.json", cells)
+    results = Results(plan, before | known(folder, cells))
     blocks = tables(results)
     for lines in blocks.values():
         print("\n".join(lines), end="\n\n")
@@ -38,10 +43,33 @@ def report(plan: Plan, folder: Path, docs: Path | None) -> None:
         draw(results, folder / "report.png")
         return
     page = docs / "quality.md"
+    blocks["differences"] = with_former(blocks["differences"], page.read_text(encoding="utf-8"))
     picture = draw(results, docs / "pictures/quality.png")
     blocks["picture"] = [ALTERNATIVE, "", CAPTION] if picture else ["No results yet."]
     write(page, fill(page.read_text(encoding="utf-8"), blocks, page.name))
     write(docs / "quality.json", figures_text(results))
+
+
+def committed(file: Path, cells: Sequence[Cell]) -> dict[Cell, Figures]:
+    """The cells whose figures the documentation has, without predictions."""
+    if not file.exists():
+        return {}
+    found = {json.dumps(one["cell"]): one["figures"] for one in json.loads(file.read_text(encoding="utf-8"))}
+    names = {cell: json.dumps(json.loads(json.dumps(asdict(cell)))) for cell in cells}
+    return {cell: found[name] for cell, name in names.items() if name in found}
+
+
+def with_former(lines: Sequence[str], page: str) -> list[str]:
+    """The lines of differences, and those of the page of pairs whose predictions are not at hand."""
+    pairs = {_pair(line) for line in lines}
+    block = page.partition("<!-- differences -->")[2].partition("<!-- /differences -->")[0]
+    former = [line for line in block.splitlines() if line.startswith("| ") and _pair(line) not in pairs]
+    former = [line for line in former if line.split(" | ")[0] != "| model"]
+    return [*lines[:2], *former, *lines[2:]] if lines[0].startswith("|") else list(lines)
+
+
+def _pair(line: str) -> tuple[str, ...]:
+    return tuple(line.split(" | ")[:2])
 
 
 def tables(results: Results) -> dict[str, list[str]]:
@@ -170,7 +198,8 @@ def difference_lines(results: Results) -> list[str]:
 def _difference(results: Results, one: Entry, other: Entry) -> list[str]:
     tasks = [task for task in results.counting(one.model) if results.common_seeds([one, other], [task])]
     seeds = results.common_seeds([one, other], tasks)
-    if not seeds:
+    runs = [results.seeds(entry, task)[seed] for entry in (one, other) for task in tasks for seed in seeds]
+    if not runs or any("predicted" not in run for run in runs):
         return []
     found = paired([_right(results, one, task, seeds) for task in tasks],
                    [_right(results, other, task, seeds) for task in tasks])  # fmt: skip
