@@ -33,7 +33,8 @@ def report(plan: Plan, folder: Path, docs: Path | None) -> None:
     cells = plan.every_cell()
     before = {} if docs is None else committed(docs / "quality.json", cells)
     results = Results(plan, before | known(folder, cells))
-    blocks = tables(results)
+    former = [] if docs is None else former_lines((docs / "quality.md").read_text(encoding="utf-8"))
+    blocks = tables(results, former)
     for lines in blocks.values():
         print("\n".join(lines), end="\n\n")
     if docs is None:
@@ -43,7 +44,6 @@ def report(plan: Plan, folder: Path, docs: Path | None) -> None:
         draw(results, folder / "report.png")
         return
     page = docs / "quality.md"
-    blocks["differences"] = with_former(blocks["differences"], page.read_text(encoding="utf-8"))
     picture = draw(results, docs / "pictures/quality.png")
     blocks["picture"] = [ALTERNATIVE, "", CAPTION] if picture else ["No results yet."]
     write(page, fill(page.read_text(encoding="utf-8"), blocks, page.name))
@@ -59,26 +59,23 @@ def committed(file: Path, cells: Sequence[Cell]) -> dict[Cell, Figures]:
     return {cell: found[name] for cell, name in names.items() if name in found}
 
 
-def with_former(lines: Sequence[str], page: str) -> list[str]:
-    """The lines of differences, and those of the page of pairs whose predictions are not at hand."""
-    pairs = {_pair(line) for line in lines}
+def former_lines(page: str) -> list[str]:
+    """The lines of the page's table of differences."""
     block = page.partition("<!-- differences -->")[2].partition("<!-- /differences -->")[0]
-    former = [line for line in block.splitlines() if line.startswith("| ") and _pair(line) not in pairs]
-    former = [line for line in former if line.split(" | ")[0] != "| model"]
-    return [*lines[:2], *former, *lines[2:]] if lines[0].startswith("|") else list(lines)
+    return [line for line in block.splitlines() if line.startswith("| ") and not line.startswith("| model ")]
 
 
 def _pair(line: str) -> tuple[str, ...]:
     return tuple(line.split(" | ")[:2])
 
 
-def tables(results: Results) -> dict[str, list[str]]:
+def tables(results: Results, former: Sequence[str] = ()) -> dict[str, list[str]]:
     """Every table of the page by the name of its place."""
     return {
         "missing": missing_lines(results),
         "tasks": task_table(results),
         **{model: accuracy_table(results, model) for model in results.plan.models},
-        "differences": difference_lines(results),
+        "differences": difference_lines(results, former),
         "costs": cost_table(results),
         "rates": rate_table(results),
     }
@@ -181,14 +178,16 @@ def _sizes(run: Figures) -> list[str]:
     return [f"{size_of(run, 'trained'):,}", f"{deployed:,}", f"{100 * deployed / run['base_parameters']:.2f} %", file]
 
 
-def difference_lines(results: Results) -> list[str]:
-    """The bootstrap's lines."""
+def difference_lines(results: Results, former: Sequence[str] = ()) -> list[str]:
+    """The bootstrap's lines, and the former ones of pairs whose predictions are not at hand."""
     lines = []
     for model in results.plan.models:
         for one, other in PAIRS:
             pair = [entry for name in (one, other) if (entry := results.entry(model, name))]
             if len(pair) == 2:
                 lines += _difference(results, pair[0], pair[1])
+    pairs = {_pair(line) for line in lines}
+    lines = [*(line for line in former if _pair(line) not in pairs), *lines]
     if not lines:
         return ["No two methods to compare yet."]
     title = header("model", "methods", "tasks", "seeds", "difference in points", "95 % interval")
