@@ -160,6 +160,8 @@ ENTRIES = (
     Entry("bert-tiny", "layernorm", "layernorm", (1e-3, 3e-3, 1e-2)),
     Entry("bert-tiny", "mask", "mask", (3e-3, 1e-2, 3e-2)),
     Entry("bert-tiny", "diff-pruning", "diff-pruning", (1e-2, 3e-2, 1e-1)),
+    Entry("bert-tiny", "side", "side", (3e-4, 1e-3, 3e-3)),
+    Entry("bert-tiny", "ladder", "ladder", (1e-3, 3e-3, 1e-2)),
     Entry("minilm", "full", "full", (5e-5, 1e-4, 2e-4)),
     Entry("minilm", "head", "head", (1e-3, 3e-3, 1e-2), seeds=2),
     Entry("minilm", "houlsby", "houlsby[size=64]", (3e-4, 1e-3, 3e-3)),
@@ -174,6 +176,8 @@ ENTRIES = (
     Entry("minilm", "layernorm", "layernorm", (3e-4, 1e-3, 3e-3), seeds=2),
     Entry("minilm", "mask", "mask", (3e-3, 1e-2, 3e-2)),
     Entry("minilm", "diff-pruning", "diff-pruning", (3e-3, 1e-2, 3e-2)),
+    Entry("minilm", "side", "side", (3e-4, 1e-3, 3e-3)),
+    Entry("minilm", "ladder", "ladder", (1e-3, 3e-3, 1e-2)),
     Entry("smollm2", "zero-shot", None, epochs=0, seeds=1),
     Entry("smollm2", "full", "full", (1e-5, 3e-5, 1e-4), epochs=1, seeds=1),
     Entry("smollm2", "lora", "lora[r=8]", (5e-4, 1e-3, 2e-3), epochs=1, seeds=1),
@@ -184,6 +188,8 @@ ENTRIES = (
     Entry("smollm2", "llama-adapter-v2", "llama-adapter-v2", (1e-3, 3e-3, 1e-2), epochs=1, seeds=1),
     Entry("smollm2", "houlsby", "houlsby[size=64]", (3e-4, 1e-3, 3e-3), epochs=1, seeds=1),
     Entry("smollm2", "ia3", "ia3", (3e-3, 1e-2, 3e-2), epochs=1, seeds=1),
+    Entry("smollm2", "ladder", "ladder[merge_last=true]", (1e-3, 3e-3, 1e-2), epochs=5, seeds=1),
+    Entry("smollm2", "side", "side", (3e-4, 1e-3, 3e-3), epochs=5, seeds=1),
 )
 PLAN = Plan(MODELS, ENTRIES)
 
@@ -314,7 +320,9 @@ def train(cell: Cell, adapter: Any, found: Data) -> Figures:
 
     import trimtab as tt
     from trimtab.batches import length
+    from trimtab.cache import trunk_height
     from trimtab.memory import reset_peak
+    from trimtab.store import Store
     from trimtab.train import measure
 
     examples = found.sides["train"]
@@ -328,6 +336,7 @@ def train(cell: Cell, adapter: Any, found: Data) -> Figures:
         trainer = tt.Trainer(
             adapter.model, args, adapter=adapter, train_dataset=examples, batch_tokens=budget,
             pad_id=found.tokenizer.pad_token_id, show=False,
+            store=Store(2**31) if trunk_height(adapter) and cell.epochs > 1 else None,
         )  # fmt: skip
         reset_peak()
         trainer.train()

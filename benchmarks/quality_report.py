@@ -16,19 +16,25 @@ import numpy as np
 from benchmarks.bootstrap import RESAMPLES, Answers, paired
 from benchmarks.cells import Figures, known, write
 from benchmarks.pages import fill, header, row, spread
-from benchmarks.quality import CHOOSING_TASK, Entry, Plan
+from benchmarks.quality import CHOOSING_TASK, Cell, Entry, Plan
 from benchmarks.quality_picture import draw
 from benchmarks.quality_results import Results, mean, size_of
 
-PAIRS = (("houlsby", "full"), ("adamix", "full"), ("adamix", "single-6"), ("adamix", "single-3"))
+PAIRS = (
+    ("houlsby", "full"), ("adamix", "full"), ("adamix", "single-6"), ("adamix", "single-3"),
+    ("mask", "full"), ("diff-pruning", "full"), ("ladder", "lora"), ("side", "lora"),
+)  # fmt: skip
 ALTERNATIVE = "![Accuracy of each method against its trained parameters](pictures/quality.png)"
 CAPTION = "Bars and the shades of the lines: the standard deviation over seeds of the mean over tasks."
 
 
 def report(plan: Plan, folder: Path, docs: Path | None) -> None:
     """Print the tables; write them, the figures and the picture into the documentation, or beside the results."""
-    results = Results(plan, known(folder, plan.every_cell()))
-    blocks = tables(results)
+    cells = plan.every_cell()
+    before = {} if docs is None else committed(docs / "quality.json", cells)
+    results = Results(plan, before | known(folder, cells))
+    former = [] if docs is None else former_lines((docs / "quality.md").read_text(encoding="utf-8"))
+    blocks = tables(results, former)
     for lines in blocks.values():
         print("\n".join(lines), end="\n\n")
     if docs is None:
@@ -44,13 +50,32 @@ def report(plan: Plan, folder: Path, docs: Path | None) -> None:
     write(docs / "quality.json", figures_text(results))
 
 
-def tables(results: Results) -> dict[str, list[str]]:
+def committed(file: Path, cells: Sequence[Cell]) -> dict[Cell, Figures]:
+    """The cells whose figures the documentation has, without predictions."""
+    if not file.exists():
+        return {}
+    found = {json.dumps(one["cell"]): one["figures"] for one in json.loads(file.read_text(encoding="utf-8"))}
+    names = {cell: json.dumps(json.loads(json.dumps(asdict(cell)))) for cell in cells}
+    return {cell: found[name] for cell, name in names.items() if name in found}
+
+
+def former_lines(page: str) -> list[str]:
+    """The lines of the page's table of differences."""
+    block = page.partition("<!-- differences -->")[2].partition("<!-- /differences -->")[0]
+    return [line for line in block.splitlines() if line.startswith("| ") and not line.startswith("| model ")]
+
+
+def _pair(line: str) -> tuple[str, ...]:
+    return tuple(line.split(" | ")[:2])
+
+
+def tables(results: Results, former: Sequence[str] = ()) -> dict[str, list[str]]:
     """Every table of the page by the name of its place."""
     return {
         "missing": missing_lines(results),
         "tasks": task_table(results),
         **{model: accuracy_table(results, model) for model in results.plan.models},
-        "differences": difference_lines(results),
+        "differences": difference_lines(results, former),
         "costs": cost_table(results),
         "rates": rate_table(results),
     }
@@ -153,14 +178,16 @@ def _sizes(run: Figures) -> list[str]:
     return [f"{size_of(run, 'trained'):,}", f"{deployed:,}", f"{100 * deployed / run['base_parameters']:.2f} %", file]
 
 
-def difference_lines(results: Results) -> list[str]:
-    """The bootstrap's lines."""
+def difference_lines(results: Results, former: Sequence[str] = ()) -> list[str]:
+    """The bootstrap's lines, and the former ones of pairs whose predictions are not at hand."""
     lines = []
     for model in results.plan.models:
         for one, other in PAIRS:
             pair = [entry for name in (one, other) if (entry := results.entry(model, name))]
             if len(pair) == 2:
                 lines += _difference(results, pair[0], pair[1])
+    pairs = {_pair(line) for line in lines}
+    lines = [*(line for line in former if _pair(line) not in pairs), *lines]
     if not lines:
         return ["No two methods to compare yet."]
     title = header("model", "methods", "tasks", "seeds", "difference in points", "95 % interval")
@@ -170,7 +197,8 @@ def difference_lines(results: Results) -> list[str]:
 def _difference(results: Results, one: Entry, other: Entry) -> list[str]:
     tasks = [task for task in results.counting(one.model) if results.common_seeds([one, other], [task])]
     seeds = results.common_seeds([one, other], tasks)
-    if not seeds:
+    runs = [results.seeds(entry, task)[seed] for entry in (one, other) for task in tasks for seed in seeds]
+    if not runs or any("predicted" not in run for run in runs):
         return []
     found = paired([_right(results, one, task, seeds) for task in tasks],
                    [_right(results, other, task, seeds) for task in tasks])  # fmt: skip

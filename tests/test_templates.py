@@ -395,7 +395,7 @@ def test_every_method_at_the_mask(name: str, family: str, bases: dict[str, str],
     objective.loss(scores, targets, None).backward()
     assert all(weight.grad is None for weight in base)
     learning = sum(weight.grad is not None and bool(weight.grad.abs().max() > 0) for weight in own)
-    assert learning > len(own) // 2 or name == "autoprompt"  # which has token ids and no parameters
+    assert learning >= len(own) // 2 or name == "autoprompt"  # no parameters; half: gates that are wholly open
     with torch.no_grad():
         adapter.fold()
         _, found, _ = objective.forward(model, model, batch, False)

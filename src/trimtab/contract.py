@@ -44,7 +44,8 @@ decay would pull to a value with a meaning of its own;
 has `fit(tensors)`, called before they are loaded. A method that trains in phases has `progress(parts, done)`, called
 before each optimizer step with the share of them that is done, and with 1 behind the last; what it does there follows
 from `done` and the trained tensors, so that a resumed run does the same. One with a term of its own in the loss has
-`extra_loss(parts) -> tensor`, added once an optimizer step.
+`extra_loss(parts) -> tensor`, added once an optimizer step. `settles_at` is the share of the training behind which what
+is evaluated is of the kind that is kept; no checkpoint up to there is the best.
 """
 
 from __future__ import annotations

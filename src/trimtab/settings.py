@@ -27,12 +27,12 @@ class TrainSettings:
     """classify, regress, tag, choose or generate."""
     text_column: str | None = None
     """Column that holds the text, the words or the question; nested keys as input.-1.content."""
+    image_column: str | None = None
+    """Column that holds the pictures: paths (from the data file's folder), bytes, or images of `datasets`."""
     label_column: str | None = None
     """Column that holds the label, the number, the tags or the answer."""
     choices_column: str | None = None
     """Column that holds a list of choices to choose from, or one column a choice: a,b,c."""
-    image_column: str | None = None
-    """Column that holds a row's picture (a file's path); by default image, for a method that looks at pictures."""
     stage_column: str | None = None
     """Column that tags a row caption or instruction, for disjoint training of a method that looks at pictures."""
     label_words: Mapping[str, str] | None = None

@@ -33,8 +33,12 @@ class Reading:
     """Whether gradients were on when the present layer was called."""
     memory: Tensor | None = None
     """What the part of the encoder made of its states [B, m, …], for a decoder; else None."""
-    states: list[Tensor] = field(default_factory=list)
-    """The first layer's input, then each layer's output [B, n, width]."""
+    mask: Tensor | None = None
+    """Which tokens are no padding [B, n], where the stack was told so."""
+    first: Tensor | None = None
+    """The first layer's input [B, n, width], once it is known."""
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    """The outputs [B, n, width] of the layers that the part reads."""
     calls: list[dict[str, Any]] = field(default_factory=list)
     """The arguments of each layer's call but the hidden states, by name."""
 
@@ -62,6 +66,8 @@ class Reader:
             return None
         named = named_arguments(body, args, kwargs)
         reading = Reading([layer.training for layer in self.site.layers], torch.is_grad_enabled())
+        mask = named.get("attention_mask")
+        reading.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if self.part.reads_encoder and named.get("encoder_hidden_states") is not None:
             named["encoder_hidden_states"], reading.memory = self._parted(named["encoder_hidden_states"])
         self.readings[-1] = reading
@@ -97,8 +103,8 @@ class Reader:
             return
         named = named_arguments(layer, args, kwargs)
         states = named.pop(next(iter(inspect.signature(layer.forward).parameters)))
-        if not reading.states:
-            reading.states.append(states.detach())
+        if reading.first is None:
+            reading.first = states.detach()
             cache = next((value for value in named.values() if isinstance(value, Cache)), None)
             if cache is not None:
                 make_room(cache, len(self.site.layers), self.part.layers)
@@ -112,8 +118,8 @@ class Reader:
         if reading is None:
             return
         torch.set_grad_enabled(reading.graded)
-        if output is not None:
-            reading.states.append(states_of(output))
+        if output is not None and (at := len(reading.calls) - 1) in self.part.taps:
+            reading.taps[at] = states_of(output)
 
     def replace(self, end: Module, args: tuple[Any, ...], output: Any) -> Any:
         """What leaves the stack, in the form in which `end` gives it."""

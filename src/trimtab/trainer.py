@@ -132,6 +132,7 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward; notes the loss and the tokens, of all processes together."""
+        model.train()  # what can be shared depends on whether anything draws
         tokens = _tokens(inputs)
         losses, pieces = [], by_stage(inputs)
         if len(pieces) > 1 and self.args.world_size > 1:
@@ -421,6 +422,13 @@ class Trainer(transformers.Trainer):
                 self.adapter.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError, OSError) as error:
             raise UserError(f"{folder / WEIGHTS} cannot be loaded: {error}") from error
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether these are the best so far; what is no part of the last phase of training counts for nothing."""
+        done = self.state.global_step / max(1, self.state.max_steps)
+        if done <= getattr(self.adapter.method, "settles_at", -1.0):
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

@@ -28,8 +28,8 @@ def attached(family: str, method: str = "diff-pruning", dtype: torch.dtype = tor
         for part in parts(adapter).values():
             part.w.normal_(std=0.2)
             part.log_alpha.normal_(std=1.5)
-            if part.whole is not None:
-                part.whole.fill_(0.4)
+            if part.of_matrix is not None:
+                part.of_matrix.fill_(0.4)
     return model, adapter
 
 
@@ -75,7 +75,7 @@ def test_penalty_by_hand(method: str) -> None:
     _, adapter = attached("bert", method)
     expected = 0.0
     for part in parts(adapter).values():
-        whole = 1.0 if part.whole is None else 1 / (1 + math.exp(-0.4))
+        whole = 1.0 if part.of_matrix is None else 1 / (1 + math.exp(-0.4))
         expected += sum(whole / (1 + math.exp(-one)) for one in part.log_alpha.flatten().tolist())
     assert float(adapter.extra_loss().detach()) == pytest.approx(1.25e-7 * expected)
     assert adapter.extra_loss().requires_grad
@@ -89,7 +89,7 @@ def test_forward_by_hand(family: str, method: str) -> None:
     base = tiny(family, torch.float64)
     shares = []
     for site, part in parts(adapter).items():
-        whole = 1.0 if part.whole is None else gate_by_hand(0.4)
+        whole = 1.0 if part.of_matrix is None else gate_by_hand(0.4)
         gates = torch.tensor([[gate_by_hand(one) for one in row] for row in part.log_alpha.tolist()])
         shares.append(float((gates == 0).float().mean()))
         module = base.get_submodule(site.path)

@@ -136,9 +136,9 @@ def test_nothing_of_the_base_is_kept_but_the_states(family: str, checkpointing: 
 
 
 def _read(reading: Any) -> list[int]:
-    """What the ladder reads: states but those of layer 1, which is dropped, and what the layers' calls share."""
+    """What the ladder reads: the first layer's input, the taps, and what the layers' calls share."""
     shared = [value for call in reading.calls for value in call.values()]
-    return [place for one in (*(reading.states[at] for at in (0, 1, 3)), *shared) for place in _places(one)]
+    return [place for one in (reading.first, *reading.taps.values(), *shared) for place in _places(one)]
 
 
 def _places(result: Any) -> list[int]:

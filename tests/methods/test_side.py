@@ -112,7 +112,7 @@ def test_beams(family: str) -> None:
     [
         ("mask[sparsity=0.4,layers=0:]", "scores"),
         ("diff-pruning", "log_alpha"),
-        ("diff-pruning[structured=true]", "whole"),
+        ("diff-pruning[structured=true]", "of_matrix"),
     ],
 )
 def test_scores_and_gates_of_masks_do_not_decay(method: str, name: str) -> None:
@@ -155,3 +155,57 @@ def test_mistakes(method: str, message: str) -> None:
 def test_an_unknown_fusion_in_python() -> None:
     with pytest.raises(tt.UserError, match="did you mean 'sum'"):
         Side(fuse="sums")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_distillation_by_hand(family: str) -> None:
+    """While it lasts the model is the base, and the term counts the tokens that are no padding; then it is fused."""
+    model, adapter = moved(family, "side[reduction=2,distill=0.5]")
+    batch = padded((5, 3))
+    batch = {name: tensor.flip(1) for name, tensor in batch.items()}
+    real = batch["attention_mask"].bool()
+    _, _, base = plain_states(family, batch)
+    with torch.no_grad(), adapter.disabled():
+        plain = output(model, batch)
+    part: Any = model.trimtab.entries["default"].parts["states"]
+    seen: list[Tensor] = []
+    part.network.register_forward_hook(lambda _, __, result: seen.append(result))
+    adapter.progress(0.4)
+    model.train()
+    there = real if family == "llama" else slice(None)
+    torch.testing.assert_close(output(model, batch)[there], plain[there])
+    side, places = seen[-1].detach(), real.nonzero().tolist()
+    off = sum(float((side[row, at] - base[row, at]).square().sum()) for row, at in places)
+    size = sum(float(base[row, at].square().sum()) for row, at in places)
+    loss: Any = adapter.extra_loss()
+    assert float(loss.detach()) == pytest.approx(off / size, rel=1e-5)
+    loss.backward()
+    learning = {name for name, weight in adapter.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert learning == {name for name, _ in adapter.named_parameters() if ".network." in name}
+    assert adapter.extra_loss() == 0
+    adapter.progress(0.5)
+    assert not torch.allclose(output(model, batch), plain)
+    assert adapter.extra_loss() == 0
+
+
+def test_training_distills_first(tmp_path: Any) -> None:
+    """The side network gets closer to the base than one that is not distilled."""
+    gaps = {}
+    for share in (0.0, 0.9):
+        model = tiny("llama")
+        torch.manual_seed(1)
+        adapter = tt.attach(model, f"side[reduction=2,start=random,distill={share}]")
+        args = TrainingArguments(str(tmp_path / str(share)), use_cpu=True, report_to="none", max_steps=30)
+        args.learning_rate = 1e-2
+        batch = inputs("llama", batch=8, length=6)["input_ids"].tolist()
+        Trainer(
+            model, args, adapter=adapter, train_dataset=[{"input_ids": ids, "labels": ids} for ids in batch], pad_id=0
+        ).train()
+        adapter.progress(0.0)
+        part: Any = model.trimtab.entries["default"].parts["states"]
+        part.train()
+        part.distills = True
+        with torch.no_grad():
+            output(model, inputs("llama"))
+        gaps[share] = float(part.take_gap())
+    assert gaps[0.9] < 0.5 * gaps[0.0]

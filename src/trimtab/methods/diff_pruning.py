@@ -88,6 +88,11 @@ class DiffPruning:
             return {site: Sparse(torch.zeros(shape)) for site, shape in shapes.items()}
         return {site: Gated(shape, self) for site, shape in shapes.items()}
 
+    @property
+    def settles_at(self) -> float:
+        """Checkpoints before the cut are no candidates for the best one."""
+        return self.cut_at
+
     def parameter_count(self, sites: Sites) -> int:
         """2 · Σ out · in, and a gate a matrix in the structured form; places and values are not trained."""
         if self.form == "sparse":
@@ -133,12 +138,12 @@ class Gated(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(shape))
         self.log_alpha = nn.Parameter(torch.full(shape, OPEN))
-        self.whole = nn.Parameter(torch.tensor(OPEN)) if method.structured else None
+        self.of_matrix = nn.Parameter(torch.tensor(OPEN)) if method.structured else None
         """log α of the whole matrix, []."""
         self.register_buffer("unit", torch.tensor(1.0))
         """What w is counted in, []: an optimizer's step is a larger one behind the cut."""
         self.method, self.draws = method, True
-        self.undecayed = ("log_alpha", "whole") if method.structured else ("log_alpha",)
+        self.undecayed = ("log_alpha", "of_matrix") if method.structured else ("log_alpha",)
 
     @property
     def fixed(self) -> bool:
@@ -148,7 +153,7 @@ class Gated(nn.Module):
     def difference(self, drawn: bool = False) -> torch.Tensor:
         """z ⊙ w [out, in]"""
         gate = hard_concrete(self.log_alpha, drawn)
-        return self._counted() * (gate if self.whole is None else gate * hard_concrete(self.whole, drawn))
+        return self._counted() * (gate if self.of_matrix is None else gate * hard_concrete(self.of_matrix, drawn))
 
     def _counted(self) -> torch.Tensor:
         """unit · w, with the gradient of w: an optimizer's moments go on across the cut."""
@@ -157,7 +162,7 @@ class Gated(nn.Module):
     def expected(self) -> torch.Tensor:
         """Σ P(z ≠ 0), []"""
         open_ = self.log_alpha.sigmoid().sum()
-        return open_ if self.whole is None else open_ * self.whole.sigmoid()
+        return open_ if self.of_matrix is None else open_ * self.of_matrix.sigmoid()
 
     def effective(self, weight: torch.Tensor) -> torch.Tensor:
         """[out, in] -> [out, in]"""
@@ -165,7 +170,7 @@ class Gated(nn.Module):
 
     def lr_scales(self) -> dict[str, float]:
         """Differences learn slowly, gates fast."""
-        gates = ("log_alpha",) if self.whole is None else ("log_alpha", "whole")
+        gates = ("log_alpha",) if self.of_matrix is None else ("log_alpha", "of_matrix")
         return {"w": self.method.search_lr, **dict.fromkeys(gates, self.method.gate_lr)}
 
     def fix(self, value: torch.Tensor, kept: torch.Tensor) -> None:
@@ -173,8 +178,8 @@ class Gated(nn.Module):
         self.unit.fill_(1 / self.method.search_lr)
         self.w.copy_(value / self.unit)
         self.log_alpha.copy_(torch.where(kept, math.inf, -math.inf))
-        if self.whole is not None:
-            self.whole.fill_(math.inf)
+        if self.of_matrix is not None:
+            self.of_matrix.fill_(math.inf)
 
     @torch.no_grad()
     def fold(self) -> Sparse:

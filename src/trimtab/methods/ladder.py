@@ -129,9 +129,10 @@ class LadderNetwork(nn.Module):
         precision = self.gates.dtype
         self.side.begin()
         shares = torch.sigmoid(self.gates / self.temperature)
-        hidden = self.first(reading.states[0].to(precision))
+        assert reading.first is not None
+        hidden = self.first(reading.first.to(precision))
         for number, (down, at) in enumerate(zip(self.downs, self.layers, strict=True)):
-            tap = down(reading.states[at + 1].to(precision))
+            tap = down(reading.taps[at].to(precision))
             hidden = self.side(number, shares[number] * hidden + (1 - shares[number]) * tap, reading)
         hidden = self.norm(hidden)
         if self.up is None:

@@ -12,13 +12,20 @@ side network is made of the base's lowest layers, narrowed by r, or is a percept
 
 In encoder-decoders S is a side encoder, LN(h), and a side decoder that attends to it; the decoder's outputs are fused.
 The base runs without gradients. The layers start from structured pruning of the base's (by magnitude; copies where
-r = 1), or at random, and are not distilled first. Trained parameters: those of S, and α.
+r = 1), or at random. With `distill` S first learns to be B: for that share of the training the output is B, which the
+head learns on, and the loss has the term
+
+    Σ (S - B)² / Σ B²                                     over all tokens that are no padding
+
+of which trimtab's Trainer knows; another loop calls `adapter.progress(done)` before each optimizer step and adds
+`adapter.extra_loss()` to the loss. Trained parameters: those of S, and α.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -54,6 +61,8 @@ class Side:
     """pruned (the layers start from the base's) or random."""
     fuse: Fuse = "alpha"
     """alpha (a learned mean), sum or product."""
+    distill: float = 0.0
+    """Share of the training in which the side network first learns to give what the base gives."""
 
     name: ClassVar[str] = "side"
     kinds: ClassVar[frozenset[str]] = frozenset({"states"})
@@ -70,6 +79,8 @@ class Side:
         ):
             if value not in known:
                 raise unknown(f"side: {field}", value, known)
+        if not 0 <= self.distill < 1:
+            raise UserError(f"side: distill={self.distill:g} must be in [0, 1)")
         if self.network == "mlp" and (self.layers is not None or self.start != "pruned"):
             raise UserError("side: network=mlp is made of no layers; leave out layers= and start=")
 
@@ -91,6 +102,23 @@ class Side:
         if self.network == "mlp":
             return self._projections(sites.states[-1].width) + own
         return own + sum(self._count(site) for site in sites.states)
+
+    @property
+    def settles_at(self) -> float:
+        """Checkpoints of a distilled network alone are no candidates for the best one."""
+        return self.distill or -1.0
+
+    def progress(self, parts: Sequence[Any], done: float) -> None:
+        """Whether the side network is distilled now."""
+        for part in self._own(parts):
+            part.distills = done < self.distill
+
+    def extra_loss(self, parts: Sequence[Any]) -> torch.Tensor | float:
+        """Σ (S - B)² / Σ B² of the last forward, while the side network is distilled."""
+        return sum((part.take_gap() for part in self._own(parts)), 0.0)
+
+    def _own(self, parts: Sequence[Any]) -> list[SideNetwork]:
+        return [part for part in parts if isinstance(part, SideNetwork) and part.method == self]
 
     def for_loading(self) -> Side:
         """The same shapes without the base's weights to start from: their values come from the file."""
@@ -127,6 +155,7 @@ class SideLayers(nn.Module):
     """Up LN(S_l(… S_0(Down x))); without Up beside an encoder that a decoder attends to."""
 
     exclusive = True
+    taps = ()
 
     def __init__(self, site: StatesSite, layers: list[int], reduction: int, units: Units | None):
         super().__init__()
@@ -145,7 +174,8 @@ class SideLayers(nn.Module):
     def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
         """The stack's states -> [batch, length, width], or width / r"""
         self.side.begin()
-        hidden = reading.states[0].to(self.norm.weight.dtype)
+        assert reading.first is not None
+        hidden = reading.first.to(self.norm.weight.dtype)
         hidden = hidden if self.down is None else self.down(hidden)
         for number in range(len(self.layers)):
             hidden = self.side(number, hidden, reading)
@@ -156,7 +186,7 @@ class SideLayers(nn.Module):
 class SideMLP(nn.Module):
     """W_2 gelu(W_1 x + b_1) + b_2"""
 
-    layers = ()
+    layers = taps = ()
     reads_encoder = False
 
     def __init__(self, width: int, inside: int):
@@ -165,29 +195,53 @@ class SideMLP(nn.Module):
 
     def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
         """The stack's states -> [batch, length, width]"""
-        return self.second(F.gelu(self.first(reading.states[0].to(self.first.weight.dtype))))
+        assert reading.first is not None
+        return self.second(F.gelu(self.first(reading.first.to(self.first.weight.dtype))))
 
 
 class SideNetwork(nn.Module):
     """σ(α) B + (1 − σ(α)) S, or B + S, or B ⊙ S"""
 
     exclusive = True
+    taps = ()
 
     def __init__(self, site: StatesSite, method: Side, network: SideLayers | SideMLP):
         super().__init__()
-        self.network, self.fuse = network, method.fuse
+        self.network, self.method = network, method
+        self.distills = False
+        self.gap: torch.Tensor | float = 0.0
         self.layers, self.reads_encoder = network.layers, network.reads_encoder
-        self.undecayed = ("alpha",) if self.fuse == "alpha" else ()
-        if self.fuse == "alpha":
+        self.undecayed = ("alpha",) if method.fuse == "alpha" else ()
+        if method.fuse == "alpha":
             self.alpha = nn.Parameter(torch.zeros(()))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token has to be counted as often as it stands in a batch."""
+        return self.training and self.distills
 
     def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
         """The stack's states and its own output [batch, length, width] -> [batch, length, width]"""
         side = self.network(reading, own)
         base = own.to(side.dtype)
-        if self.fuse == "sum":
+        if self.whole:
+            self.gap = _gap(side, base, reading.mask)
+            return base
+        if self.method.fuse == "sum":
             return base + side
-        if self.fuse == "product":
+        if self.method.fuse == "product":
             return base * side
         share = torch.sigmoid(self.alpha)
         return share * base + (1 - share) * side
+
+    def take_gap(self) -> torch.Tensor | float:
+        """How far the side network was from the base in the last forward; asked a second time it is 0."""
+        gap, self.gap = self.gap, 0.0
+        return gap
+
+
+def _gap(side: torch.Tensor, base: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Σ (S - B)² / Σ B², [], of [batch, length, width] over the tokens that `mask` [batch, length] shows"""
+    base = base.detach()
+    off, size = (side - base).square().sum(-1), base.square().sum(-1)
+    return off.sum() / size.sum() if mask is None else (off * mask).sum() / (size * mask).sum()

@@ -109,6 +109,11 @@ class Union:
         for method in members:
             method.progress(parts, done)
 
+    @property
+    def settles_at(self) -> float:
+        """When the last member does."""
+        return max(getattr(method, "settles_at", -1.0) for method in self.methods)
+
     def extra_loss(self, parts: Sequence[Any]) -> Any:
         """The members' own terms of the loss added."""
         members: list[Any] = [method for method in self.methods if hasattr(method, "extra_loss")]

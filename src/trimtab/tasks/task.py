@@ -22,12 +22,12 @@ class Wishes:
     """What a user may say of a task; None (and no chat) where the task chooses."""
 
     text_column: str | None = None
+    image_column: str | None = None
     label_column: str | None = None
     choices_column: str | None = None
     template: str | None = None
     chat: bool = False
     label_words: Mapping[str, str] | None = None
-    image_column: str | None = None
     stage_column: str | None = None
 
     def check(self, name: str, takes: Mapping[str, frozenset[str]]) -> None:
