@@ -7,12 +7,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from trimtab.bars import progress
-from trimtab.data import hold_out, limit, load_rows
+from trimtab.data import hold_out, home, limit, load_rows
+from trimtab.errors import UserError
 from trimtab.evaluate import evaluate
 from trimtab.models import Kind, kind_of, load_tokenizer
+from trimtab.pictures import located
+from trimtab.processor import load_processor
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, all_inputs, encode_all, prepare
@@ -24,7 +27,8 @@ class Data:
     """A run's examples and what reads them."""
 
     kind: Kind
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """Of a vision model its image processor."""
     task: Task
     train: list[Any]
     held_out: list[Any]
@@ -62,13 +66,16 @@ class Source:
 
 def find_task(settings: TrainSettings) -> Source:
     """The rows and the task of settings. Raises UserError for everything that is wrong with them."""
-    rows = load_rows(settings.data)
     kind = kind_of(settings.model, settings.task, settings.template)
+    if kind == "vision":
+        check_pictures(settings)
+    rows = load_rows_of(settings.data, settings.image_column or ("image" if kind == "vision" else None))
     task = prepare(
         settings.task,
         rows,
         kind=kind,
         text_column=settings.text_column,
+        image_column=settings.image_column,
         label_column=settings.label_column,
         choices_column=settings.choices_column,
         template=settings.template,
@@ -80,11 +87,31 @@ def find_task(settings: TrainSettings) -> Source:
     return Source(rows, kind, task)
 
 
+def check_pictures(settings: TrainSettings) -> None:
+    """Raises UserError for settings that measure texts."""
+    for name, instead in (("batch_tokens", "; give batch_size"), ("max_length", "")):
+        value = getattr(settings, name)
+        if value is not None:
+            raise UserError(f"{name}={value} counts a text's tokens, but {settings.model!r} reads pictures{instead}")
+
+
+def load_rows_of(source: str, image_column: str | None) -> Any:
+    """The rows of a source; where they have a column of pictures, with their paths made absolute."""
+    rows = load_rows(source)
+    return rows if image_column is None else located(rows, image_column, home(source))
+
+
+def load_reader(source: str, kind: Kind, settings: str | None = None) -> Any:
+    """What makes a model's inputs: the tokenizer, or the image processor (of the folder `settings` if it has one)."""
+    return load_processor(source, settings) if kind == "vision" else load_tokenizer(source)
+
+
 def load_data(settings: TrainSettings, source: Source, show: bool | None = None) -> Data:
     """The examples of both sides, of settings that say how long a row may be. Raises UserError naming a row."""
-    assert settings.max_length is not None
-    kind, task, longest = source.kind, source.task, settings.max_length
-    tokenizer = load_tokenizer(settings.model)
+    kind, task = source.kind, source.task
+    assert settings.max_length is not None or kind == "vision"
+    longest = settings.max_length or 0  # pictures have none
+    tokenizer = load_reader(settings.model, kind)
     train, held_out = split_rows(settings, task, source.rows)
     learned = encode(task, train, tokenizer, longest, kind, show, learn=True)
     asked = encode(task, held_out, tokenizer, longest, kind, show)
@@ -99,7 +126,7 @@ def load_data(settings: TrainSettings, source: Source, show: bool | None = None)
 def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:
     """The rows to train on and those held out, each a seeded sample where there is a limit."""
     if settings.eval_data is not None:
-        train, held_out = rows, load_rows(settings.eval_data)
+        train, held_out = rows, load_rows_of(settings.eval_data, getattr(task, "image_column", None))
     else:
         sides = hold_out(rows, settings.eval_share, settings.seed, all_inputs(task, rows))
         train, held_out = (rows.select(side) for side in sides)
@@ -109,7 +136,7 @@ def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any
 def encode(
     task: Task,
     rows: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     max_length: int,
     kind: str,
     show: bool | None = None,
