@@ -5,8 +5,8 @@ against the same adapter without the picture. Knows two sets of pictures and one
 
 trains a small vision transformer on Fashion-MNIST (benchmarks/fashion.py), freezes it, and tunes SmolLM2-135M-Instruct
 to answer three questions about 2,000 pictures; 300 others are held out. With `--emoji`, the unpacked npm package
-emoji-datasource-twitter, also for which category an emoji belongs to. Every run is kept in benchmarks/out/multimodal, so
-that the command goes on where it stopped; `--report` writes docs/multimodal.md's tables and figure from what is there.
+emoji-datasource-twitter, also for which category an emoji belongs to. Every run is kept in benchmarks/out/multimodal,
+so that the command goes on where it stopped; `--report` writes the tables and the figure of docs/multimodal.md.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def run_tuning(cell: Tuning, emoji: Path | None) -> dict[str, Any]:
     rows = fashion_rows(cell) if cell.pictures == "fashion" else emoji_rows(cell, _folder(emoji))
     files = {side: _jsonl(cell, side, own) for side, own in rows.items()}
     settings = tt.TrainSettings(
-        model=MODEL, data=str(files["train"]), eval_data=str(files["held_out"]), eval_limit=12, output=str(OUT / cell.name),
-        method=cell.method, task="generate", epochs=cell.epochs, lr=cell.lr, batch_size=cell.batch, max_length=64,
+        model=MODEL, data=str(files["train"]), eval_data=str(files["held_out"]), eval_limit=12,
+        output=str(OUT / cell.name), method=cell.method, task="generate", epochs=cell.epochs, lr=cell.lr, batch_size=cell.batch, max_length=64,
         seed=cell.seed, max_new_tokens=12, overwrite=True,
     )  # fmt: skip
     start = time.monotonic()

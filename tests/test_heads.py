@@ -187,7 +187,7 @@ def test_models_that_have_no_such_head(tmp_path: Path, task: str, config: hf.Pre
 def test_an_encoder_without_a_class_for_choices(tmp_path: Path) -> None:
     hf.ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"\(vit\) is an encoder and cannot choose; .*causal models, seq2seq models, enc"
+        UserError, match=r"\(vit\) is a vision model and cannot choose; .*causal models, seq2seq models, enc"
     ):
         kind_of(str(tmp_path), "choose")
 

@@ -148,9 +148,9 @@ def test_the_models_own_processor_is_used_and_saved(tmp_path: Path) -> None:
     by_hand = torch.tensor(np.asarray(noise(28, 28))).permute(2, 0, 1) / 255
     by_hand = (by_hand - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.6, 0.7])[:, None, None]
     assert seen.dtype == torch.float32 and torch.allclose(seen, by_hand, atol=1e-6)
-    assert processor.tokens == 17
+    assert processor.patches == 17
     (tmp_path / "run").mkdir()
-    processor.save(tmp_path / "run")
+    processor.save_pretrained(tmp_path / "run")
     (tmp_path / "preprocessor_config.json").unlink()
     assert torch.equal(load_processor(str(tmp_path), tmp_path / "run")(noise(28, 28)), seen)
 
@@ -185,6 +185,6 @@ def test_models_that_cannot_see_rows_are_one_sentence(tmp_path: Path) -> None:
     wrong = default_processor(hf.ViTConfig(image_size=32))
     with pytest.raises(UserError, match="gives pictures of 32 × 32 pixels, but the model reads 28 × 28"):
         load_processor(saved(tmp_path / "b", hf.ViTConfig(**SIZES), wrong))
-    assert load_processor(saved(tmp_path / "c", hf.Dinov2Config(**SIZES), wrong)).tokens == 17
+    assert load_processor(saved(tmp_path / "c", hf.Dinov2Config(**SIZES), wrong)).patches == 17
     with pytest.raises(UserError, match="reads pictures of 4 channels"):
         load_processor(saved(tmp_path / "d", hf.ViTConfig(**SIZES, num_channels=4)))

@@ -278,11 +278,9 @@ def eval_(
 def generate(
     folder: Folder,
     prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="The text; the run's template is put around it.", show_default=False)
-    ],
-    image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A picture that the text is about.", show_default=False)
+        str | None, typer.Option(metavar="TEXT", help="The text; the run's template is put around it.")
     ] = None,
+    image: Annotated[str | None, typer.Option(metavar="FILE", help="The picture, of a run that looks at some.")] = None,
     max_new_tokens: NewTokens = None,
     num_beams: Beams = None,
     length_penalty: Penalty = None,
@@ -292,7 +290,7 @@ def generate(
         typer.Option(metavar="TEXT", help="One of the texts to choose from (task choose); repeat for each."),
     ] = None,
 ) -> None:
-    """Answer a prompt with a run's adapter.
+    """Answer a prompt, or about a picture, with a run's adapter.
 
     A classifier answers with the label, a regression with the number, a tagger with a line for each word (they stand
     between spaces), and the task choose with one of the --choice texts.

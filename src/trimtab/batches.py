@@ -63,11 +63,13 @@ def default_budget(lengths: Sequence[int], rows: int = ROWS) -> int:
 class Collator:
     """Turns examples into padded tensors: input_ids and attention_mask [B, n], labels [B, n], [B, m] or [B].
 
-    An example is anything with `input_ids` and `labels` as attributes or keys. Labels that are a list as long as the
+    An example is anything with `input_ids` (a text), `pixel_values` (a picture [channels, height, width], all of one
+    size) or both, and `labels`, as attributes or keys. Labels that are a list as long as the
     input get its padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes,
     floats are numbers. An example whose `input_ids` are lists offers choices: input_ids, attention_mask and, where it
     has them, token_type_ids are [B, choices, n], and the choices that a row lacks are all padding, the mask 0. Where
-    examples have an `image`, `images` is the list of them, None for those without; likewise `stages` of a `stage`.
+    examples have an `image` beside their text, `images` is the list of them, None for those without; likewise `stages`
+    of a `stage`.
     """
 
     pad_id: int
@@ -76,18 +78,18 @@ class Collator:
     """Where the padding goes: right for training and scoring, left for generation."""
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
-        inputs = [list(read(example, "input_ids")) for example in examples]
-        tensors: dict[str, Any] = self._choices(examples, inputs) if offers(inputs) else self._texts(inputs)
-        images = [read(example, "image") for example in examples]
-        if any(image is not None for image in images):
-            tensors = {**tensors, "images": images}
-        stages = [read(example, "stage") for example in examples]
-        if any(stage is not None for stage in stages):
-            tensors = {**tensors, "stages": stages}
+        inputs = [[] if (ids := read(example, "input_ids")) is None else list(ids) for example in examples]
+        tensors = {**self._read(examples, inputs), **_pictures(examples)}
+        tensors |= _listed(examples, "image", "images") | _listed(examples, "stage", "stages")
         labels = [read(example, "labels") for example in examples]
         if any(label is None for label in labels):
             return tensors
         return {**tensors, "labels": self._labels(inputs, labels)}
+
+    def _read(self, examples: Sequence[Any], inputs: list[Any]) -> dict[str, Any]:
+        if read(examples[0], "input_ids") is None:
+            return {}
+        return self._choices(examples, inputs) if offers(inputs) else self._texts(inputs)
 
     def _texts(self, inputs: list[list[int]]) -> dict[str, Tensor]:
         return {
@@ -115,6 +117,20 @@ class Collator:
         return pad(rows, IGNORED, self.side if together else "right")
 
 
+def _pictures(examples: Sequence[Any]) -> dict[str, Tensor]:
+    """pixel_values [B, channels, height, width], where the examples have some."""
+    found = [read(example, "pixel_values") for example in examples]
+    if any(one is None for one in found):
+        return {}
+    return {"pixel_values": torch.stack([torch.as_tensor(one) for one in found])}
+
+
+def _listed(examples: Sequence[Any], field: str, name: str) -> dict[str, list[Any]]:
+    """A field of all examples under a name, where any of them has it."""
+    found = [read(example, field) for example in examples]
+    return {name: found} if any(one is not None for one in found) else {}
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right") -> Tensor:
     """Token lists of different lengths as one tensor [B, longest], filled up with `value` on one side."""
     longest = max(len(row) for row in rows)
@@ -135,16 +151,28 @@ def offers(inputs: Sequence[Any]) -> bool:
     return len(inputs[0]) > 0 and isinstance(inputs[0][0], Sequence)
 
 
-def length(example: Any) -> int:
-    """Tokens that an example takes in a batch: its input, and its target where that is a text of its own.
+def unlabelled(example: Any) -> dict[str, Any]:
+    """What a model reads of an example, without its labels."""
+    found = {name: read(example, name) for name in ("input_ids", "token_type_ids", "pixel_values")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def input_length(example: Any) -> int:
+    """Tokens that an example's input takes in a batch; a picture is as long as its `patches` are many.
 
     One that offers choices takes as many times the longest; what other rows of its batch have more is not foreseen.
     """
+    inputs, patches = read(example, "input_ids"), read(example, "patches")
+    if inputs is None:
+        return 1 if patches is None else int(patches)
+    return len(inputs) * max(map(len, inputs)) if offers([inputs]) else len(inputs)
+
+
+def length(example: Any) -> int:
+    """`input_length`, and the target's tokens where that is a text of its own."""
     inputs, labels = read(example, "input_ids"), read(example, "labels")
-    if offers([inputs]):
-        return len(inputs) * max(map(len, inputs))
-    own = isinstance(labels, Sequence) and len(labels) != len(inputs)
-    return len(inputs) + (len(labels) if own else 0)
+    own = inputs is not None and not offers([inputs]) and isinstance(labels, Sequence) and len(labels) != len(inputs)
+    return input_length(example) + (len(labels) if own else 0)
 
 
 def _ceiling(length: int) -> int:

@@ -231,7 +231,8 @@ class Trunk:
         if not given.keys() <= _ALONE or own_places or (mask is not None and mask.dim() != 2):
             return None
         if "pixel_values" in given:
-            return Frame([(_digest(row), 0) for row in given["pixel_values"]], [], None)
+            moved = self._circumstances()
+            return Frame([(_digest(row) + moved, 0) for row in given["pixel_values"]], [], None)
         if "input_ids" not in given:
             return None
         ids = given["input_ids"]

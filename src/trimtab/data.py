@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from trimtab.errors import UserError, unknown
+from trimtab.folders import read_folder
 from trimtab.readers import READERS, read_rows
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _nearby(path: Path) -> str:
 
 
 def load_rows(source: str, *, split: str | None = None) -> Dataset:
-    """Rows of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, of `pkg:NAME/file`, or of a hub id.
+    """Rows of a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, a folder (folders.py), `pkg:NAME/path`, a hub id.
 
     Local files touch no network and leave no cache. A hub id may carry a configuration after a colon
     (`owner/name:config`), and `split` chooses its split (`train` if there is one). CSV and TSV values stay strings.
@@ -85,7 +86,7 @@ def load_rows(source: str, *, split: str | None = None) -> Dataset:
     """
     path = Path(resolve(source)).expanduser()
     if path.is_dir():
-        raise UserError(f"{source!r} is a folder; give a file in it: {_nearby(path / '*')}")
+        return _from_folder(source, path, split)
     if path.suffix.lower() not in READERS and not path.exists():
         return _from_hub(source, split)
     if split is not None:
@@ -93,6 +94,24 @@ def load_rows(source: str, *, split: str | None = None) -> Dataset:
     if not path.exists():
         raise UserError(f"the file {source!r} does not exist; {_nearby(path.absolute())}")
     return read_rows(path)
+
+
+def _from_folder(source: str, path: Path, split: str | None) -> Dataset:
+    if split is not None:
+        raise UserError(f"a split ({split!r}) can be chosen for hub datasets only, {source!r} is a folder")
+    found = read_folder(source, path)
+    if found is None:
+        raise UserError(
+            f"{source!r} is a folder; give one of class folders with pictures, a dataset that was saved, or a file "
+            f"in it: {_nearby(path / '*')}"
+        )
+    return found
+
+
+def home(source: str) -> Path | None:
+    """Where the paths in a source's rows start: its folder, or the folder that it is; None for a hub id."""
+    path = Path(resolve(source)).expanduser()
+    return path.absolute() if path.is_dir() else path.absolute().parent if path.exists() else None
 
 
 def _from_hub(source: str, split: str | None) -> Dataset:

@@ -13,7 +13,7 @@ from trimtab.lazy_picture import Picture
 from trimtab.pseudo import add_pseudo_tokens
 from trimtab.templates import pseudo_tokens
 
-KINDS = ("causal", "seq2seq", "encoder", "masked")
+KINDS = ("causal", "seq2seq", "encoder", "masked", "vision")
 IGNORED = -100
 """A label that no loss counts; also the class of an example whose label is not known."""
 CHUNK = 1000  # rows tokenised in one call
@@ -42,12 +42,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read: by which tokenizer, for which kind of model, how long, and what for."""
+    """How rows are read: by what, for which kind of model, how long, and what for."""
 
     tokenizer: Any
+    """Of a vision model its image processor (processor.py)."""
     kind: str
     max_length: int
-    """Tokens that a sequence may have."""
+    """Tokens that a sequence may have; of no meaning for pictures."""
     every_reference: bool = False
     """Whether a row with several reference texts gives one example for each."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel
 
 from trimtab.adapter import adapters
@@ -24,6 +25,7 @@ HALF_TOLERANCE = 5e-2
 MODEL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"),
+    "preprocessor_config.json",
 )
 """What a merged model consists of; `overwrite` replaces a folder of these and no other."""
 
@@ -48,14 +50,20 @@ def merge_run(folder: str | Path, output: str | Path, *, overwrite: bool = False
 
 
 def probe_logits(run: Tuned) -> torch.Tensor:
-    """The model's logits on a fixed text."""
+    """The model's logits on a fixed text or picture."""
+    run.model.eval()
+    with torch.no_grad():
+        return run.model(**_probe(run)).logits.float()
+
+
+def _probe(run: Tuned) -> dict[str, torch.Tensor]:
+    if run.kind == "vision":
+        pixels = run.tokenizer(Image.effect_mandelbrot((64, 48), (-2.0, -1.5, 1.0, 1.5), 100).convert("RGB"))
+        return {"pixel_values": pixels[None].to(run.model.device, run.model.dtype)}
     ids = run.tokenizer(PROBE, return_tensors="pt", truncation=True, max_length=32)["input_ids"].to(run.model.device)
     if run.kind == "encoder" and run.task.head == "choices":
         ids = ids[:, None]  # [B, choices, n]
-    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if run.kind == "seq2seq" else {})}
-    run.model.eval()
-    with torch.no_grad():
-        return run.model(**inputs).logits.float()
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if run.kind == "seq2seq" else {})}
 
 
 def _check(folder: Path, output: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where a base model comes from and which of the four kinds it is. Knows transformers' loaders and file layouts;
+"""Where a base model comes from and which of the five kinds it is. Knows transformers' loaders and file layouts;
 refuses to know methods, what tasks do and training.
 
 A source is a hub id, a local folder, `pkg:NAME/path` inside an installed package, or a GGUF file (also on the hub:
@@ -22,6 +22,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as PICTURES
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as MULTIPLE_CHOICE
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCES
@@ -33,7 +34,7 @@ from trimtab.errors import UserError, unknown
 from trimtab.tasks import TASKS, Task, task_class
 from trimtab.templates import has_mask
 
-Kind = Literal["causal", "seq2seq", "encoder", "masked"]
+Kind = Literal["causal", "seq2seq", "encoder", "masked", "vision"]
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 CONVERTED = "gguf-1"
 """The cache's sub-folder; the number grows when converted files would come out differently."""
@@ -42,12 +43,19 @@ _CLASSES = {
     "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "masked": transformers.AutoModelForMaskedLM,
 }
-_NAMES = {"causal": "a causal language model", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}
+_NAMES = {
+    "causal": "a causal language model",
+    "seq2seq": "an encoder-decoder",
+    "encoder": "an encoder",
+    "vision": "a vision model",
+}
+_TOWER = "clip_vision_model"
+"""CLIP's vision part alone, which transformers has no head for; it gets that of a whole CLIP."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What an encoder gets on top."""
+    """What an encoder or a vision model gets on top."""
 
     loader: Any
     """The class of transformers that loads it."""
@@ -64,6 +72,7 @@ HEADS = {
     ),
     "tags": Head(transformers.AutoModelForTokenClassification, TOKENS, {}),
     "choices": Head(transformers.AutoModelForMultipleChoice, MULTIPLE_CHOICE, {"num_labels": 1}),
+    "pictures": Head(transformers.AutoModelForImageClassification, {*PICTURES, _TOWER}, {}),
 }
 
 
@@ -77,7 +86,9 @@ def load_model(
     device: str | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """The base model of one kind, in eval mode; an encoder gets a head (of HEADS), with a class for each of `labels`.
+    """The base model of one kind, in eval mode.
+
+    An encoder or a vision model gets a head (of HEADS), with a class for each of `labels`.
 
     What the files do not have (a head that fits the labels, BERT's pooler) is made anew, the same for the same `seed`.
     Raises UserError if there is no such model, and for a masked language model whose head the files do not have.
@@ -85,7 +96,8 @@ def load_model(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if kind == "encoder":
+    headed = kind in ("encoder", "vision")
+    if headed:
         options |= {"ignore_mismatched_sizes": True, **HEADS[head].options}
         if labels:
             names = dict(enumerate(labels))
@@ -93,12 +105,29 @@ def load_model(
             options |= {"label2id": {name: index for index, name in names.items()}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        loader = HEADS[head].loader if kind == "encoder" else _CLASSES[kind]
+        loader = HEADS[head].loader if headed else _CLASSES[kind]
+        if kind == "vision" and load_config(source).model_type == _TOWER:
+            loader = _Tower
         model, found = _load(loader, source, output_loading_info=True, **options)
     if kind == "masked":
         _check_mask_head(source, model, found["missing_keys"])
     model.config._name_or_path = portable(source)  # adapters note where their base came from
     return model.to(device) if device else model
+
+
+class _Tower:
+    """Loads CLIP's vision part into the model that transformers puts a head on."""
+
+    @staticmethod
+    def from_pretrained(path: str, output_loading_info: bool, ignore_mismatched_sizes: bool, **options: Any) -> Any:
+        """The model and what its files did not have, as transformers' loaders give them."""
+        place = {name: options.pop(name) for name in ("dtype", "local_files_only")}
+        loader: Any = transformers.CLIPVisionModel
+        tower, found = loader.from_pretrained(path, output_loading_info=True, **place)
+        config = transformers.CLIPConfig(vision_config=tower.config.to_dict(), **options)
+        model = transformers.CLIPForImageClassification(config).to(tower.dtype).eval()
+        model.vision_model = tower
+        return model, found
 
 
 def _check_mask_head(source: str, model: PreTrainedModel, missing: Iterable[str]) -> None:
@@ -153,17 +182,20 @@ def load_vision_encoder(source: str) -> PreTrainedModel:
 def kind_of(source: str, task: str, template: str | None = None) -> Kind:
     """The kind of model that the task of this name gets from this source, by its configuration.
 
-    Encoder-decoders are "seq2seq"; a model saved as a causal language model, or whose type is one and has no masked
-    language model, is "causal"; every other is "encoder", or "masked" for a template with a mask. Raises UserError for
+    Encoder-decoders are "seq2seq"; models that classify pictures are "vision"; a model saved as a causal language
+    model, or whose type is one and has no masked language model, is "causal"; every other is "encoder", or "masked" for
+    a template with a mask. Raises UserError for
     a model that cannot do the task, and for a mask that the model or the task has no use for.
     """
-    config, wanted = load_config(source), task_class(task)
+    config = load_config(source)
     kind = _kind_of_config(config)
+    wanted = task_class(task, kind)
     if has_mask(template):
         return _masked(source, config, kind, task)
-    if kind not in wanted.kinds or (kind == "encoder" and config.model_type not in _families(wanted)):
+    headed = kind in ("encoder", "vision")
+    if kind not in wanted.kinds or (headed and config.model_type not in _families(wanted)):
         raise UserError(
-            f"{source!r} ({config.model_type}) is {_NAMES[kind]} and cannot {task}; models that can: {_able(wanted)}"
+            f"{source!r} ({config.model_type}) is {_NAMES[kind]} and cannot {task}; models that can: {_able(task)}"
         )
     return kind
 
@@ -186,15 +218,23 @@ def _families(task: type[Task]) -> Any:
     return HEADS[task.head].families if task.head else ()
 
 
-def _able(task: type[Task]) -> str:
-    """The models that can do a task: kinds, and of encoders those that an adapter can be attached to."""
-    kinds = [f"{name} models" for name in task.kinds if name not in ("encoder", "masked")]
-    encoders = [name for name in FAMILIES if name in _families(task) and _is_encoder(name)]
-    return ", ".join([*kinds, *([f"encoders ({', '.join(encoders)})"] if encoders else [])])
+def _able(name: str) -> str:
+    """The models that can do a task: kinds, and of those with a head the families that adapters can be attached to."""
+    task = task_class(name)
+    able = [f"{kind} models" for kind in task.kinds if kind not in ("encoder", "masked")]
+    for kind, called in (("encoder", "encoders"), ("vision", "vision models")):
+        task = task_class(name, kind)
+        found = [one for one in FAMILIES if one in _families(task) and _is_of(kind, one)] if kind in task.kinds else []
+        able += [f"{called} ({', '.join(found)})"] if found else []
+    return ", ".join(able)
+
+
+def _is_of(kind: str, model_type: str) -> bool:
+    return _kind_of_config(AutoConfig.for_model(model_type)) == kind
 
 
 def _is_encoder(model_type: str) -> bool:
-    return _kind_of_config(AutoConfig.for_model(model_type)) == "encoder"
+    return _is_of("encoder", model_type)
 
 
 def _kind_of_config(config: PreTrainedConfig) -> Kind:
@@ -205,7 +245,10 @@ def _kind_of_config(config: PreTrainedConfig) -> Kind:
         return "causal"
     if any("ForSequenceClassification" in name or "ForMaskedLM" in name for name in saved_as):
         return "encoder"
-    return "causal" if config.model_type in CAUSAL and config.model_type not in MASKED else "encoder"
+    known = config.model_type
+    if (known in PICTURES or known == _TOWER) and known not in (*SEQUENCES, *MASKED):
+        return "vision"
+    return "causal" if known in CAUSAL and known not in MASKED else "encoder"
 
 
 def _class_names(mapping: Any) -> set[str]:

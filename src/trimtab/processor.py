@@ -19,6 +19,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from trimtab.errors import UserError
 from trimtab.models import Place, load_config, load_from, locate, quiet
+from trimtab.pictures import read_picture
 
 FILE = "preprocessor_config.json"
 _FILES = (FILE, "processor_config.json")
@@ -29,7 +30,11 @@ _NORMALISED = {"dinov2": _IMAGENET, "clip": _CLIP, "clip_vision_model": _CLIP}
 """Mean and standard deviation of red, green and blue (of 1) in a family's pretraining; halves elsewhere."""
 
 
-@dataclass(frozen=True)
+KEPT = 2 * 2**30
+"""Bytes of pictures, as models read them, that a processor keeps in memory; others are read again when asked for."""
+
+
+@dataclass
 class Processor:
     """A picture as the tensor that a model reads."""
 
@@ -37,17 +42,49 @@ class Processor:
     """transformers' image processor."""
     channels: int
     """3, or 1 for a model of grey pictures."""
-    tokens: int
+    patches: int
     """What a model makes of a picture: its patches, and a class token."""
+    memory: int = KEPT
+    """Bytes that are left for pictures to be kept in."""
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """RGB -> pixel_values [channels, height, width], float32."""
         seen = picture.convert("L") if self.channels == 1 else picture
         return self.inner(images=[seen], return_tensors="pt")["pixel_values"][0].to(torch.float32)
 
-    def save(self, folder: str | Path) -> None:
+    def show(self, value: Any) -> Shown:
+        """A picture of a row (pictures.py), read once now. Raises UserError where it cannot be."""
+        pixels = self(read_picture(value))
+        size = pixels.numel() * pixels.element_size()
+        if size > self.memory:
+            return Shown(self, value, None)
+        self.memory -= size
+        return Shown(self, value, pixels)
+
+    def save_pretrained(self, folder: str | Path) -> None:
         """Writes FILE, from which `load_processor` makes the same."""
         self.inner.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row's picture, as a model reads it."""
+
+    processor: Processor
+    value: Any
+    """As it stands in the row."""
+    kept: Tensor | None
+    """The tensor, where there was memory for it."""
+
+    @property
+    def pixel_values(self) -> Tensor:
+        """[channels, height, width], float32"""
+        return self.processor(read_picture(self.value)) if self.kept is None else self.kept
+
+    @property
+    def patches(self) -> int:
+        """How long the model's sequence is."""
+        return self.processor.patches
 
 
 def load_processor(source: str, settings: str | Path | None = None) -> Processor:

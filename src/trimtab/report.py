@@ -354,6 +354,7 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
     adapter, metrics, run = facts["adapter"], facts["metrics"], facts["run"]
     methods = _methods(adapter.get("method"))
     base, task, counted = base_path(facts), adapter.get("task") or {}, metrics.get("parameters") or {}
+    pictures = "image_column" in task and "text_column" not in task
     return {
         "title": facts["folder"],
         "base": base,
@@ -373,7 +374,9 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "bytes": metrics.get("bytes"),
         "size_line": size_line(facts),
         "settings": {key: value for key, value in run.items() if key in _SETTINGS and value is not None},
-        "names": _NAMES,
+        "names": _NAMES | (_OF_PICTURES if pictures else {}),
+        "pictures": pictures,
+        "asked": "--image FILE" if pictures else '--prompt "…"',
         "merges": bool(methods) and all(one.mergeable for one in methods),
         "versions": run.get("versions") or {},
     }
@@ -390,6 +393,7 @@ _NAMES = {
     "tokens_per_second": "tokens a second",
     "peak_memory_mb": "peak memory, MB",
 }
+_OF_PICTURES = {"tokens": "pictures", "tokens_per_second": "pictures a second"}
 
 
 def _methods(described: Any) -> list[Any]:
@@ -458,7 +462,7 @@ A small set of trained tensors for the frozen base model `{{ base }}`: {{ size_l
 | base model | `{{ base | cell }}` ({{ base_class }}, family {{ family }}) |
 | method | `{{ method | cell }}` |
 {% if task %}
-| task | {{ task.name | cell }} |
+| task | {{ task.name | cell }}{{ " (pictures)" if pictures }} |
 {% if task.get("labels") %}
 | labels | {{ task.labels | join(", ") | cell }} |
 {% endif %}
@@ -534,7 +538,7 @@ On the command line, from the folder that holds this one:
 ```bash
 trimtab eval {{ title }} --data DATA
 {% if task %}
-trimtab generate {{ title }} --prompt "…"{{ ' --choice "…" --choice "…"' if task.get("choices_column") }}
+trimtab generate {{ title }} {{ asked }}{{ ' --choice "…" --choice "…"' if task.get("choices_column") }}
 {% endif %}
 {% if merges %}
 trimtab merge {{ title }} --output merged   # an ordinary model folder
@@ -545,10 +549,11 @@ In Python:
 
 ```python
 {% if whole_model %}
-from transformers import AutoTokenizer, {{ base_class }}
+{% set reader = "AutoImageProcessor" if pictures else "AutoTokenizer" %}
+from transformers import {{ reader }}, {{ base_class }}
 
 model = {{ base_class }}.from_pretrained({{ title | json }})
-tokenizer = AutoTokenizer.from_pretrained({{ title | json }})
+{{ "processor" if pictures else "tokenizer" }} = {{ reader }}.from_pretrained({{ title | json }})
 {% else %}
 from trimtab.train import load_run
 

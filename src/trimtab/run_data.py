@@ -7,18 +7,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from trimtab.bars import progress
-from trimtab.data import hold_out, limit
+from trimtab.data import hold_out, home, limit, load_rows
 from trimtab.errors import UserError
 from trimtab.evaluate import evaluate
 from trimtab.methods.spec import parse_method
 from trimtab.models import Kind, kind_of, load_tokenizer
-from trimtab.row_pictures import COLUMN, load_pictured_rows
+from trimtab.pictures import located
+from trimtab.processor import load_processor
+from trimtab.row_pictures import COLUMN
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
-from trimtab.tasks import Task, all_inputs, encode_all, prepare
+from trimtab.tasks import Task, all_inputs, encode_all, prepare, task_class
 from trimtab.templates import pseudo_tokens, without_pseudo
 
 
@@ -27,7 +29,8 @@ class Data:
     """A run's examples and what reads them."""
 
     kind: Kind
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """Of a vision model its image processor."""
     task: Task
     train: list[Any]
     held_out: list[Any]
@@ -65,45 +68,68 @@ class Source:
 
 def find_task(settings: TrainSettings) -> Source:
     """The rows and the task of settings. Raises UserError for everything that is wrong with them."""
-    pictures = image_column(settings)
-    rows = load_pictured_rows(settings.data, pictures)
     kind = kind_of(settings.model, settings.task, settings.template)
+    if kind == "vision":
+        check_pictures(settings)
+    pictures = image_column(settings, kind)
+    rows = load_rows_of(settings.data, pictures)
     task = prepare(
         settings.task,
         rows,
         kind=kind,
         text_column=settings.text_column,
+        image_column=settings.image_column if kind == "vision" else pictures,
+        stage_column=settings.stage_column,
         label_column=settings.label_column,
         choices_column=settings.choices_column,
         template=settings.template,
         chat=settings.chat,
         label_words=settings.label_words,
-        image_column=pictures,
-        stage_column=settings.stage_column,
     )
     search = Search.of(settings)
     check_search(task, search, settings.max_new_tokens)
     return Source(rows, kind, task)
 
 
-def image_column(settings: TrainSettings) -> str | None:
-    """The column of pictures; None where the method looks at none. Raises UserError where one is named all the same."""
+def image_column(settings: TrainSettings, kind: Kind) -> str | None:
+    """The column of pictures; None where there is none.
+
+    Raises UserError where one is named for a task that writes texts, and the method looks at no pictures.
+    """
     method = parse_method(settings.method)
-    own = getattr(method, "methods", (method,))
-    if any(getattr(one, "image", None) is not None for one in own):
-        return settings.image_column or COLUMN
-    if settings.image_column is not None:
+    looks = any(getattr(one, "image", None) is not None for one in getattr(method, "methods", (method,)))
+    if settings.image_column is not None and not looks and task_class(settings.task).writes:
         raise UserError(
             f"{method.name} looks at no pictures; leave --image-column out, or train llama-adapter[image=ENCODER]"
         )
-    return None
+    return settings.image_column or (COLUMN if looks or kind == "vision" else None)
+
+
+def check_pictures(settings: TrainSettings) -> None:
+    """Raises UserError for settings that measure texts."""
+    for name, instead in (("batch_tokens", "; give batch_size"), ("max_length", "")):
+        value = getattr(settings, name)
+        if value is not None:
+            raise UserError(f"{name}={value} counts a text's tokens, but {settings.model!r} reads pictures{instead}")
+
+
+def load_rows_of(source: str, image_column: str | None) -> Any:
+    """The rows of a source; where they have a column of pictures, with their paths made absolute."""
+    rows = load_rows(source)
+    return rows if image_column is None else located(rows, image_column, home(source))
+
+
+def load_reader(source: str, kind: Kind, settings: str | None = None) -> Any:
+    """What makes a model's inputs: the tokenizer, or the image processor (of the folder `settings` if it has one)."""
+    return load_processor(source, settings) if kind == "vision" else load_tokenizer(source)
 
 
 def load_data(settings: TrainSettings, source: Source, show: bool | None = None) -> Data:
     """The examples of both sides, of settings that say how long a row may be. Raises UserError naming a row."""
-    assert settings.max_length is not None
-    kind, task, longest = source.kind, source.task, settings.max_length
-    tokenizer = load_tokenizer(settings.model)
+    kind, task = source.kind, source.task
+    assert settings.max_length is not None or kind == "vision"
+    longest = settings.max_length or 0  # pictures have none
+    tokenizer = load_reader(settings.model, kind)
     train, held_out = split_rows(settings, task, source.rows)
     learned = encode(task, train, tokenizer, longest, kind, show, learn=True)
     asked = encode(task, held_out, tokenizer, longest, kind, show)
@@ -118,7 +144,7 @@ def load_data(settings: TrainSettings, source: Source, show: bool | None = None)
 def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:
     """The rows to train on and those held out, each a seeded sample where there is a limit."""
     if settings.eval_data is not None:
-        train, held_out = rows, load_pictured_rows(settings.eval_data, getattr(task, "image_column", None))
+        train, held_out = rows, load_rows_of(settings.eval_data, getattr(task, "image_column", None))
     else:
         sides = hold_out(rows, settings.eval_share, settings.seed, all_inputs(task, rows))
         train, held_out = (rows.select(side) for side in sides)
@@ -128,7 +154,7 @@ def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any
 def encode(
     task: Task,
     rows: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     max_length: int,
     kind: str,
     show: bool | None = None,

@@ -19,7 +19,7 @@ from trimtab.settings import PLACES, TrainSettings
 from trimtab.snapshots import ABOUT, checkpoints, remove
 
 RUN, LOG, METRICS = "run.yaml", "log.jsonl", "metrics.json"
-WRITTEN = (RUN, LOG, METRICS, "README.md", "curves.svg", CONFIG, WEIGHTS)
+WRITTEN = (RUN, LOG, METRICS, "README.md", "curves.svg", CONFIG, WEIGHTS, "preprocessor_config.json")
 """What a run writes besides checkpoint-N; `overwrite` replaces these and nothing else."""
 WHOLE = (WHOLE_CONFIG, "config.json", "generation_config.json", "model*.safetensors*", "token*", "*.jinja", "special*")
 """What full fine-tuning writes more; deleted only where trimtab wrote a whole model before."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.adapter import adapters
 from trimtab.bars import progress
-from trimtab.batches import Collator, TokenBatches, length, pad, read
+from trimtab.batches import Collator, TokenBatches, input_length, length, pad, read, unlabelled
 from trimtab.head import IGNORED, decoder_inputs, select_positions
 from trimtab.hooks import unchanging
 from trimtab.lengths import new_tokens
@@ -42,7 +42,7 @@ class Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | Any,
         kind: str,
         batch_tokens: int,
         show: bool | None,
@@ -50,7 +50,7 @@ class Run:
     ) -> None:
         self.model, self.tokenizer, self.kind = model, tokenizer, kind
         self.batch_tokens, self.show, self.search = batch_tokens, show, search
-        self.pad_id: int = tokenizer.pad_token_id or 0
+        self.pad_id: int = getattr(tokenizer, "pad_token_id", None) or 0
 
     def over(self, title: str, lengths: Sequence[int], step: Callable[[list[int]], Iterable[Any]]) -> list[Any]:
         """Calls `step` with the indices of each batch, longest first; its results in the order of the indices."""
@@ -124,10 +124,11 @@ def head_logits(run: Run, examples: Sequence[Any]) -> list[Tensor]:
     sizes = [len(choices) if (choices := _choices(example)) else None for example in examples]
 
     def step(batch: list[int]) -> list[Tensor]:
-        logits = whole_inputs(run.model, run.model, run.tensors([_inputs(examples[index]) for index in batch])).logits
+        inputs = run.tensors([unlabelled(examples[index]) for index in batch])
+        logits = whole_inputs(run.model, run.model, inputs).logits
         return [row[: sizes[index]] for index, row in zip(batch, logits.float().cpu(), strict=True)]
 
-    return run.over("evaluating", [length(_inputs(example)) for example in examples], step)
+    return run.over("evaluating", [input_length(example) for example in examples], step)
 
 
 def objective_logits(run: Run, examples: Sequence[Any], objective: Objective) -> list[Tensor]:
@@ -144,20 +145,15 @@ def place_logits(run: Run, examples: Sequence[Any], places: Sequence[Sequence[in
     """The encoder's head on single tokens: [places, classes] of each example at its own positions."""
 
     def step(batch: list[int]) -> list[Tensor]:
-        logits = run.model(**run.tensors([_inputs(examples[index]) for index in batch])).logits.float().cpu()
+        logits = run.model(**run.tensors([unlabelled(examples[index]) for index in batch])).logits.float().cpu()
         return [row[list(places[index])] for index, row in zip(batch, logits, strict=True)]
 
     return run.over("evaluating", [len(example.input_ids) for example in examples], step)
 
 
-def _inputs(example: Any) -> dict[str, Any]:
-    """An example without its labels."""
-    return {"input_ids": example.input_ids, "token_type_ids": read(example, "token_type_ids")}
-
-
 def _choices(example: Any) -> Sequence[Ids] | None:
-    ids = example.input_ids
-    return ids if isinstance(ids[0], Sequence) else None
+    ids = read(example, "input_ids")
+    return ids if ids is not None and len(ids) and isinstance(ids[0], Sequence) else None
 
 
 # How likely answers are

@@ -52,14 +52,16 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
     check_output(folder, settings)
     check_report_to(settings.report_to)
     source = find_task(settings)
-    settings = with_length(with_method(settings, source))
+    settings = with_method(settings, source)
+    settings = settings if source.kind == "vision" else with_length(settings)
     data = load_data(settings, source, show)
     settings = resolved(settings, data)
     check_resume(folder, settings)
     set_seed(settings.seed)
     words = getattr(data.task, "words", ())  # of a task that has some
     model = load_for(data.task, settings.model, data.kind, dtype=settings.dtype, seed=settings.seed)
-    adapter = attach(model, settings.method, settings.name, tokenizer=data.tokenizer, labels=words)
+    tokenizer = None if data.kind == "vision" else data.tokenizer
+    adapter = attach(model, settings.method, settings.name, tokenizer=tokenizer, labels=words)
     if settings.stage_column is not None:
         check_stages(adapter)
     trainer = make_trainer(settings, folder, data, adapter, show)
@@ -77,7 +79,7 @@ def fine_tune(settings: TrainSettings, *, show: bool | None = None) -> dict[str,
         metrics = {"before": before, "after": data.evaluate(model, show), "train": trained, "parameters": parameters}
     if main:
         adapter.save(folder, task=data.task.to_config())
-        if _whole(adapter):
+        if _whole(adapter) or data.kind == "vision":  # a base need not have an image processor
             data.tokenizer.save_pretrained(folder)
         finish(folder, metrics)
     return metrics
@@ -110,10 +112,14 @@ def with_length(settings: TrainSettings) -> TrainSettings:
 def resolved(settings: TrainSettings, data: Data) -> TrainSettings:
     """The settings with every choice made."""
     method = parse_method(settings.method)
-    tokens = settings.batch_tokens
-    if settings.batch_size is None and tokens is None:
-        tokens = default_budget([length(example) for example in data.train], getattr(method, "rows", ROWS))
-    return dataclasses.replace(settings, method=method, lr=settings.lr or method.lr, batch_tokens=tokens)
+    rows, tokens, most = settings.batch_size, settings.batch_tokens, getattr(method, "rows", ROWS)
+    if rows is None and tokens is None:
+        if data.kind == "vision":  # all are as long
+            rows = most
+        else:
+            tokens = default_budget([length(example) for example in data.train], most)
+    lr = settings.lr or method.lr
+    return dataclasses.replace(settings, method=method, lr=lr, batch_size=rows, batch_tokens=tokens)
 
 
 def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Adapter, show: bool | None) -> Trainer:
@@ -146,7 +152,7 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
         objective=data.task.objective(data.tokenizer, data.kind),
         train_dataset=data.train,
         batch_tokens=settings.batch_tokens,
-        pad_id=data.tokenizer.pad_token_id,
+        pad_id=getattr(data.tokenizer, "pad_token_id", 0),
         log_file=folder / LOG,
         store=make_store(settings, adapter, args.process_index),
         loss_per=settings.loss_per,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from trimtab.adapter import adapters
 from trimtab.checkpoint import load, read_adapter_config
@@ -18,9 +18,8 @@ from trimtab.evaluate import evaluate, predict
 from trimtab.forms import Row
 from trimtab.lengths import fitting_length, prompt_length
 from trimtab.methods.spec import method_from_dict
-from trimtab.models import Kind, kind_of, load_config, load_for, load_tokenizer, same_source
-from trimtab.row_pictures import load_pictured_rows, picture_of
-from trimtab.run_data import encode, split_rows
+from trimtab.models import Kind, kind_of, load_config, load_for, same_source
+from trimtab.run_data import encode, load_reader, load_rows_of, split_rows
 from trimtab.run_folder import RUN, begun
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
@@ -32,7 +31,8 @@ class Tuned:
     """A finished run, ready for use: a fresh base with the folder's adapter."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """Of a vision model its image processor."""
     task: Task
     kind: Kind
     max_length: int
@@ -80,27 +80,41 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
     longest = fitting_length(method, load_config(source), run.max_length if run else None)
     said = run or TrainSettings
     search, new = Search.of(said), said.max_new_tokens
-    return Tuned(model, load_tokenizer(source), task, kind, longest, search, new)
+    return Tuned(model, load_reader(source, kind, str(folder)), task, kind, longest, search, new)
 
 
 def ask(
-    run: Tuned, prompt: str, max_new_tokens: int, choices: Sequence[str] = (), image: str | Path | None = None
+    run: Tuned, prompt: str | None, max_new_tokens: int, choices: Sequence[str] = (), image: str | None = None
 ) -> str:
-    """What a run answers to a text: of `choices` where its task is to choose, else the label, the number, the tags, or
-    at most so many tokens; the text is cut to leave room for them. With an `image` the text is about that picture;
-    without one the answer is that to a row without a picture.
+    """What a run answers to a text or a picture.
 
-    Raises UserError for choices that the task does not take, and for fewer than two where it does; for a picture that
-    cannot be read, and for any where the run was trained without pictures.
+    Of `choices` where its task is to choose, else the label, the number, the tags, or at most so many tokens; the text
+    is cut to leave room for them.
+
+    Raises UserError for choices or a picture that the task does not take, and for fewer than two where it does.
     """
     longest = run.max_length
     if run.task.writes:
         method = next((adapter.method for adapter in adapters(run.model).values()), None)
         longest = prompt_length(method, run.model.config, longest, max_new_tokens)
-    row = {**run.task.question(prompt), **_offered(run.task, choices), **_shown(run.task, image)}
+    row = {**_asked(run.task, prompt, image), **_offered(run.task, choices)}
     examples = encode_all(run.task, [row], run.tokenizer, longest, run.kind, asking=True)
     how: Any = {"max_new_tokens": max_new_tokens, "search": run.search, "show": False}
     return predict(run.model, run.tokenizer, run.task, examples, run.kind, **how)[0]
+
+
+def _asked(task: Task, prompt: str | None, image: str | None) -> Row:
+    """A row of what is asked about."""
+    shown: Any = getattr(task, "shown", None)  # of a task whose rows have pictures
+    if prompt is None and task.writes:
+        raise UserError("give a text: --prompt TEXT")
+    if image is not None and shown is None:
+        raise UserError(f"the task {task.name!r} of this run reads no pictures; leave --image out")
+    if image is None:
+        if prompt is None:
+            raise UserError("give a text: --prompt TEXT" if shown is None else "give a picture: --image FILE")
+        return task.question(prompt)
+    return {**shown(image), **({} if prompt is None else task.question(prompt))}
 
 
 def _offered(task: Task, choices: Sequence[str]) -> Row:
@@ -111,19 +125,6 @@ def _offered(task: Task, choices: Sequence[str]) -> Row:
     if choices:
         raise UserError(f"the task {task.name!r} takes no choices")
     return {}
-
-
-def _shown(task: Task, image: str | Path | None) -> Row:
-    """The part of a row that holds its picture."""
-    name = getattr(task, "image_column", None)
-    if image is None:
-        return {}
-    if name is None:
-        raise UserError(
-            "this run was trained without pictures; leave --image out, or train llama-adapter[image=ENCODER]"
-        )
-    picture_of({name: str(image)}, name)  # so that the error names no row
-    return {name: str(image)}
 
 
 def _base(folder: Path, config: Mapping[str, Any], run: TrainSettings | None) -> str:
@@ -159,8 +160,8 @@ def evaluate_run(
     another search than the run's. Raises UserError as `load_run`, and for data that does not fit the task.
     """
     tuned = load_run(folder).searching(**search)
-    pictures = getattr(tuned.task, "image_column", None)
-    rows = _held_out_rows(Path(folder).expanduser(), tuned.task) if data is None else load_pictured_rows(data, pictures)
+    column = getattr(tuned.task, "image_column", None)
+    rows = _held_out_rows(Path(folder).expanduser(), tuned.task) if data is None else load_rows_of(data, column)
     rows = limit(rows, limit_rows, 0)
     examples = encode(tuned.task, rows, tuned.tokenizer, tuned.max_length, tuned.kind, show)
     how: Any = {"max_new_tokens": tuned.max_new_tokens, "search": tuned.search, "show": show}
@@ -168,10 +169,9 @@ def evaluate_run(
 
 
 def _held_out_rows(folder: Path, task: Task) -> Any:
-    settings = begun(folder)
+    settings, column = begun(folder), getattr(task, "image_column", None)
     if settings is None:
         raise UserError(f"{folder} has no {RUN} that names its data; say which data to evaluate on")
-    pictures = getattr(task, "image_column", None)
     if settings.eval_data is not None:
-        return limit(load_pictured_rows(settings.eval_data, pictures), settings.eval_limit, settings.seed)
-    return split_rows(settings, task, load_pictured_rows(settings.data, pictures))[1]
+        return limit(load_rows_of(settings.eval_data, column), settings.eval_limit, settings.seed)
+    return split_rows(settings, task, load_rows_of(settings.data, column))[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -101,6 +101,12 @@ class Generate:
     def question(self, text: str) -> Row:
         """A row without an answer for a text alone."""
         return self._form.question(text)
+
+    @property
+    def shown(self) -> Callable[[str], Row] | None:
+        """What makes the part of a row that holds a picture; None where rows have none."""
+        name = self.image_column
+        return None if name is None else lambda image: {name: image}
 
     def draft(self, row: Row, codec: Codec, asking: bool) -> Draft:
         """The row as strings; without its answer if `asking`."""

@@ -31,11 +31,11 @@ class Wishes:
     stage_column: str | None = None
 
     def check(self, name: str, takes: Mapping[str, frozenset[str]]) -> None:
-        """Raises UserError for a wish that means nothing to this task; `takes` says to which ones it does."""
+        """Raises UserError for a wish that means nothing to the task called `name`; `takes` says to which it does."""
         for wish, said in _SAID.items():
             if getattr(self, wish) and wish not in takes[name]:
-                others = [repr(task) for task, wishes in takes.items() if wish in wishes]
-                raise UserError(f"{said} to the task{'s' * (len(others) > 1)} {', '.join(others)}, not to {name!r}")
+                others = [task for task, wishes in takes.items() if wish in wishes]
+                raise UserError(f"{said} to the task{'s' * (len(others) > 1)} {', '.join(others)}, not to {name}")
 
 
 _SAID = {
