@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from PIL import Image
 
 import trimtab as tt
@@ -385,3 +386,39 @@ def test_pictures_that_do_not_fit(images: Any, said: str, vit: str) -> None:
     with pytest.raises(tt.UserError, match=said):
         model(**inputs("llama"), images=images)
     model(**inputs("llama"), images=pictures())  # nothing is left of the mistake
+
+
+# Other encoders
+
+
+def _encoders() -> dict[str, Any]:
+    sizes: dict[str, Any] = {"image_size": SIZE, "num_attention_heads": 2, "num_hidden_layers": 3, "hidden_size": 16}
+    wide = {**sizes, "intermediate_size": 24, "patch_size": 4}
+    return {
+        "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**sizes, patch_size=4)),
+        "clip": lambda: tf.CLIPModel(tf.CLIPConfig(vision_config=wide, text_config=TEXT)),
+        "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**wide)),
+        "siglip_vision_model": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**wide)),
+        "vit, with a head and in grey": lambda: tf.ViTForImageClassification(tf.ViTConfig(**wide, num_channels=1)),
+    }
+
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("look", FORMS)
+@pytest.mark.parametrize("name", list(_encoders()))
+def test_other_encoders(name: str, look: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    _encoders()[name]().save_pretrained(tmp_path / "encoder")
+    model, adapter = attached("llama", method(str(tmp_path / "encoder"), look))
+    adapter.save(tmp_path / "out")
+    fresh, batch = tiny("llama", torch.float64), inputs("llama")
+    tt.load(fresh, tmp_path / "out")
+    shown = [Image.new("RGB", (12, 9), colour) for colour in ("red", "blue", "white")]
+    with torch.no_grad():
+        found = model(**batch, images=shown).logits
+        assert torch.allclose(fresh(**batch, images=shown).logits, found, atol=1e-8)
+        assert (model(**batch, images=shown[::-1]).logits[0] - found[0]).abs().max() > 1e-4

@@ -75,6 +75,11 @@ def test_one_command_trains_and_another_answers(trained: Path, data: str) -> Non
     assert shown.stdout == again.stdout
 
 
+def test_the_model_card_names_both_models(trained: Path, llama: str, vit: str) -> None:
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    assert llama in card and vit in card and "--image FILE --prompt" in card
+
+
 def test_the_folder_gives_its_own_numbers_again(trained: Path) -> None:
     after = json.loads((trained / "metrics.json").read_text())["after"]
     found = json.loads(run("eval", trained, "--json").stdout)

@@ -143,7 +143,7 @@ def test_the_command(vit: str, tmp_path: Path) -> None:
     assert "stage column 'stages'" in refused(
         *wrong, "--method", f"{method},image_layers=0]", "--stage-column", "stages"
     )
-    spoiled = write_rows(tmp_path / "spoiled.jsonl", [rows[0], *rows[1:] + [rows[0] | {"stage": "picture"}]])
+    spoiled = write_rows(tmp_path / "spoiled.jsonl", [*rows, rows[0] | {"stage": "picture"}])
     wrong[4] = spoiled
     said = refused(*wrong, "--method", f"{method},image_layers=0]", "--stage-column", "stage")
     assert "row " in said and "'picture'" in said

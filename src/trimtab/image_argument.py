@@ -130,4 +130,5 @@ def _same(left: list[Any], right: list[Any]) -> bool:
 def _rows(model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The rows of a call's texts."""
     given = args[0] if args else kwargs.get("input_ids")
-    return int((kwargs["inputs_embeds"] if given is None else given).shape[0])
+    given = kwargs.get("inputs_embeds") if given is None else given
+    return 0 if given is None else int(given.shape[0])

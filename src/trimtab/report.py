@@ -376,10 +376,19 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "settings": {key: value for key, value in run.items() if key in _SETTINGS and value is not None},
         "names": _NAMES | (_OF_PICTURES if pictures else {}),
         "pictures": pictures,
-        "asked": "--image FILE" if pictures else '--prompt "…"',
+        "encoder": adapter.get("encoder") or {},
+        "asked": " ".join(_asked(task, pictures)),
         "merges": bool(methods) and all(one.mergeable for one in methods),
         "versions": run.get("versions") or {},
     }
+
+
+def _asked(task: dict[str, Any], pictures: bool) -> Iterator[str]:
+    """What a run is asked with: a text, a picture, or both."""
+    if task.get("image_column") or pictures:
+        yield "--image FILE"
+    if not pictures:
+        yield '--prompt "…"'
 
 
 _SETTINGS = ("lr", "batch_size", "batch_tokens", "max_length", "limit", "eval_share", "seed")
@@ -460,6 +469,9 @@ A small set of trained tensors for the frozen base model `{{ base }}`: {{ size_l
 | | |
 |---|---|
 | base model | `{{ base | cell }}` ({{ base_class }}, family {{ family }}) |
+{% if encoder %}
+| vision encoder | `{{ encoder.path | cell }}` ({{ encoder.class }}), frozen as well |
+{% endif %}
 | method | `{{ method | cell }}` |
 {% if task %}
 | task | {{ task.name | cell }}{{ " (pictures)" if pictures }} |

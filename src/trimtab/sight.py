@@ -131,6 +131,8 @@ class Sight:
     def _states(self, pixels: Tensor) -> list[Tensor]:
         """What each layer gives, the last one's behind the encoder's norm."""
         output = self.model(pixel_values=pixels, output_hidden_states=True)
+        if not getattr(output, "hidden_states", None):
+            raise UserError(f"{self.source!r} does not give what its layers see; image= needs a model that does")
         return [*output.hidden_states[1:-1], output.last_hidden_state]
 
     def _read(self, states: list[Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ from trimtab.methods.spec import format_method
 from trimtab.objectives import PER, Objective, count, objective_of
 from trimtab.prefix_share import shared_prefix
 from trimtab.snapshots import ABOUT, WEIGHTS, building, checkpoint_path, last_checkpoint, read_about, rotate, sweep
+from trimtab.stages import NAME as STAGES
 from trimtab.stages import by_stage, training_only
 from trimtab.store import Store
 from trimtab.watch import Guard, Interrupt, Meter, StepBar, StepLog
@@ -216,6 +217,7 @@ class Trainer(transformers.Trainer):
         With `return_outputs` everywhere. What has no objective here (several labels a row, a loss function of the
         user's, label smoothing) is left to transformers; UserError for a method that needs a second forward there.
         """
+        inputs = {name: value for name, value in inputs.items() if name != STAGES}  # of no meaning to a loss
         base = self.accelerator.unwrap_model(model)
         weight = getattr(self.adapter.method, "consistency", 0.0) if model.training else 0.0
         objective = self._objective(base, inputs)
