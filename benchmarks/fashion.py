@@ -32,7 +32,7 @@ class ViT:
     width: int = 64
     layers: int = 4
     patch: int = 7
-    epochs: int = 6
+    epochs: int = 1
     batch: int = 128
     lr: float = 1e-3
     seed: int = 0

@@ -4,7 +4,7 @@ against the same adapter without the picture. Knows two sets of pictures and one
     python -m benchmarks.multimodal [--threads N] [--emoji FOLDER] [--report]
 
 trains a small vision transformer on Fashion-MNIST (benchmarks/fashion.py), freezes it, and tunes SmolLM2-135M-Instruct
-to answer three questions about 2,000 pictures; 300 others are held out. With `--emoji`, the unpacked npm package
+to answer three questions about 2,000 pictures; 200 others are held out. With `--emoji`, the unpacked npm package
 emoji-datasource-twitter, also for which category an emoji belongs to. Every run is kept in benchmarks/out/multimodal,
 so that the command goes on where it stopped; `--report` writes the tables and the figure of docs/multimodal.md.
 """
@@ -59,10 +59,10 @@ class Tuning:
     sees: bool
     """Whether it looks at the picture; the text-only adapter has the same prompts."""
     train: int = 2000
-    held_out: int = 300
-    layers: str = "-8:"
+    held_out: int = 200
+    layers: str = "-6:"
     length: int = 10
-    epochs: float = 2.0
+    epochs: float = 1.0
     lr: float = 5e-3
     batch: int = 16
     seed: int = 0
@@ -141,16 +141,16 @@ def run_tuning(cell: Tuning, emoji: Path | None) -> dict[str, Any]:
     rows = fashion_rows(cell) if cell.pictures == "fashion" else emoji_rows(cell, _folder(emoji))
     files = {side: _jsonl(cell, side, own) for side, own in rows.items()}
     settings = tt.TrainSettings(
-        model=MODEL, data=str(files["train"]), eval_data=str(files["held_out"]), eval_limit=12,
+        model=MODEL, data=str(files["train"]), eval_data=str(files["held_out"]), eval_limit=6,
         output=str(OUT / cell.name), method=cell.method, task="generate", epochs=cell.epochs, lr=cell.lr,
-        batch_size=cell.batch, max_length=64, seed=cell.seed, max_new_tokens=12, overwrite=True,
+        batch_size=cell.batch, max_length=64, seed=cell.seed, max_new_tokens=10, overwrite=True,
     )  # fmt: skip
     start = time.monotonic()
     metrics = tt.fine_tune(settings, show=False)
     seconds = time.monotonic() - start
     tuned = tt.load_run(OUT / cell.name)
     examples = encode_all(tuned.task, rows["held_out"], tuned.tokenizer, 64, tuned.kind)
-    found = predict(tuned.model, tuned.tokenizer, tuned.task, examples, tuned.kind, max_new_tokens=12, show=False)
+    found = predict(tuned.model, tuned.tokenizer, tuned.task, examples, tuned.kind, max_new_tokens=10, show=False)
     answers = [
         {"image": Path(one["image"]).name, "question": one["prompt"].strip(),
          "right": one["completion"].strip(), "answer": answer}
