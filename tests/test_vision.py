@@ -218,6 +218,24 @@ def test_every_vision_model_loads_with_a_head(tmp_path: Path, family: str) -> No
         assert torch.equal(*states)
 
 
+def test_a_head_that_is_made_anew_does_not_make_another_base(data: str, tmp_path: Path) -> None:
+    """CLIP's class for pictures is its own base model, head and all."""
+    source, output = saved_model(tmp_path / "base", "clip"), tmp_path / "out"
+    fine_tune(source, data, output, "lora[r=2]")
+    torch.manual_seed(99)
+    other = hf.CLIPForImageClassification.from_pretrained(source, num_labels=2, ignore_mismatched_sizes=True).eval()
+    torch.nn.init.normal_(other.classifier.weight)
+    tt.load(other, output)
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(other(pixels).logits, tt.load_run(output).model(pixels).logits, atol=1e-6)
+    with torch.no_grad():
+        other = hf.CLIPForImageClassification.from_pretrained(source, num_labels=2, ignore_mismatched_sizes=True)
+        other.vision_model.post_layernorm.weight += 1
+    with pytest.raises(UserError, match="was trained on another base model"):
+        tt.load(other, output)
+
+
 @pytest.mark.parametrize("task", ["regress", "tag", "choose", "generate"])
 def test_tasks_that_vision_models_cannot_do(base: str, task: str) -> None:
     with pytest.raises(UserError, match=rf"\(vit\) is a vision model and cannot {task}; models that can: "):

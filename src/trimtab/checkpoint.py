@@ -27,7 +27,7 @@ from trimtab.adapter import Adapter, Entry, attach, folded_method, folded_parts
 from trimtab.contract import folded
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict, method_to_dict
-from trimtab.sites import HeadSite
+from trimtab.sites import HeadSite, task_heads
 from trimtab.snapshots import sync
 
 CONFIG = "adapter_config.json"
@@ -104,7 +104,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     base = model.base_model
-    for name, tensor in sorted(_base_tensors(base)):
+    heads = tuple(f"{path}." for path, _ in task_heads(model)) if base is model else ()  # clip has no base of its own
+    tensors = [(name, tensor) for name, tensor in _base_tensors(base) if not name.startswith(heads)]
+    for name, tensor in sorted(tensors):
         digest.update(f"{name}{list(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)

@@ -99,7 +99,7 @@ def located(rows: Rows, column: str, folder: Path | None) -> Rows:
 
     if isinstance(rows, datasets.Dataset):
         rows = _undecoded(rows, column, datasets)
-        if getattr(rows.features.get(column), "dtype", "") == "string":
+        if getattr(rows.features.get(column), "dtype", "") in ("string", "large_string"):
             paths = [None if one is None else _absolute(one, folder) for one in rows[column]]
             return _replaced(rows, column, paths)
         return rows

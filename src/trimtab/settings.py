@@ -18,7 +18,7 @@ class TrainSettings:
     model: str
     """Base model: a hub id, a folder, a .gguf file, or pkg:NAME/path inside an installed package."""
     data: str
-    """Training data: a .jsonl, .json, .csv, .tsv or .parquet file, pkg:NAME/path, or a hub id."""
+    """Training data: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of pictures, pkg:NAME/path, or a hub id."""
     output: str
     """Folder to write the adapter and its report into."""
     method: Any = "lora"

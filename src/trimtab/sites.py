@@ -573,6 +573,12 @@ def _heads(model: PreTrainedModel, names: dict[int, str]) -> Iterator[HeadSite]:
     if language is not None:
         yield HeadSite("lm_head", language, names[id(language)], generative=True)
         return
+    for path, module in task_heads(model):
+        yield HeadSite(f"head_{path}", module, path, generative=False)
+
+
+def task_heads(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a task head, by name: those of a model for a task that are no part of its base."""
     if "For" not in type(model).__name__:  # a bare encoder or decoder: LlamaModel, BertModel
         return
     for path, module in model.named_children():
@@ -580,4 +586,4 @@ def _heads(model: PreTrainedModel, names: dict[int, str]) -> Iterator[HeadSite]:
             continue
         if any(inner is model.base_model or isinstance(inner, PreTrainedModel) for inner in module.modules()):
             continue
-        yield HeadSite(f"head_{path}", module, path, generative=False)
+        yield path, module

@@ -53,7 +53,7 @@ class ClassifyPictures:
     labels: tuple[str, ...]
     """The classes in order; a class index is an index into this."""
     image_column: str = "image"
-    """The column of the pictures, possibly nested."""
+    """The column of the pictures."""
     label_column: str = "label"
     """The column of the labels, possibly nested."""
     numbered: bool = False
