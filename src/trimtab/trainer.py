@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -414,9 +414,9 @@ class Trainer(transformers.Trainer):
 
 def _check_trains(adapter: Adapter) -> None:
     """Raises UserError for a form that is only saved and loaded, as a mask's bits."""
-    method: Any = adapter.method
+    method, model = cast(Any, adapter.method), cast(Any, adapter.model)
     saved = hasattr(method, "folded") and method.folded() == method
-    if saved and method.parameter_count(adapter.model.trimtab.sites) == 0:
+    if saved and method.parameter_count(model.trimtab.sites) == 0:
         raise UserError(f"{format_method(method)} is the form that is saved, in which nothing is trained")
 
 
