@@ -200,6 +200,7 @@ def measure(bench: Bench, workload: Workload) -> dict[str, Any]:
         "our_seconds": [sum(ours["epochs"]) / workload.epochs for _, ours in pairs],
         "peer_peak_mb": max(theirs["peak_mb"] for theirs, _ in pairs),
         "our_peak_mb": max(ours["peak_mb"] for _, ours in pairs),
+        "peer_loaded_mb": pairs[0][0].get("loaded_mb"), "our_loaded_mb": pairs[0][1].get("loaded_mb"),
         "versions": {"peer": pairs[0][0]["versions"], "ours": pairs[0][1]["versions"]},
         "threads": pairs[0][1]["threads"],
     }  # fmt: skip

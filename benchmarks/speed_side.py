@@ -47,8 +47,17 @@ def reset_peak() -> None:
 
 def peak_mb() -> float:
     """The largest resident memory since then."""
+    return _memory("VmHWM")
+
+
+def loaded_mb() -> float:
+    """The present resident memory."""
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6  # type: ignore[index]
+    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 / 1e6  # type: ignore[index]
 
 
 class InOrder(hf.Trainer):
@@ -113,9 +122,10 @@ def base(workload: Workload, folder: str) -> Any:
 def finished(trainer: Any, clock: Clock) -> dict[str, Any]:
     """Train, and say how it went."""
     reset_peak()
+    loaded = loaded_mb()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "epochs": clock.seconds, "peak_mb": peak_mb()}
+    return {"losses": losses, "epochs": clock.seconds, "peak_mb": peak_mb(), "loaded_mb": loaded}
 
 
 # -- trimtab ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -80,6 +80,7 @@ class Trainer(transformers.Trainer):
         **options: Any,
     ) -> None:
         self.adapter = adapter or _only_adapter(model)
+        _check_trains(self.adapter)
         if loss_per not in PER:
             raise unknown("loss_per", loss_per, PER)
         self.batch_tokens, self.scorer, self.loss_per = batch_tokens, scorer, loss_per
@@ -435,6 +436,14 @@ class Trainer(transformers.Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _check_trains(adapter: Adapter) -> None:
+    """Raises UserError for a form that is only saved and loaded, as a mask's bits."""
+    method, model = cast(Any, adapter.method), cast(Any, adapter.model)
+    saved = hasattr(method, "folded") and method.folded() == method
+    if saved and method.parameter_count(model.trimtab.sites) == 0:
+        raise UserError(f"{format_method(method)} is the form that is saved, in which nothing is trained")
 
 
 class _Search(TrainerCallback):

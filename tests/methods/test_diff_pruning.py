@@ -181,7 +181,8 @@ def make(folder: Path, *callbacks: TrainerCallback, method: str = METHOD, **opti
     settings: dict[str, Any] = dict(max_steps=8, learning_rate=2e-3, per_device_train_batch_size=8, save_steps=2)
     arguments = TrainingArguments(str(folder), report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
                                   **{**settings, **options})  # fmt: skip
-    return tt.Trainer(model, arguments, adapter=adapter, train_dataset=rows, pad_id=0, callbacks=callbacks)
+    return tt.Trainer(model, arguments, adapter=adapter, train_dataset=rows, eval_dataset=rows, pad_id=0,
+                      callbacks=callbacks)  # fmt: skip
 
 
 def test_two_phases(tmp_path: Path) -> None:
@@ -241,6 +242,19 @@ def test_a_trainer_that_was_stopped_goes_on_from_before_the_cut(tmp_path: Path) 
     trainer.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-2"))
     for name, tensor in whole.adapter.state_dict().items():
         assert torch.equal(tensor, trainer.adapter.state_dict()[name]), name
+
+
+def test_no_checkpoint_up_to_the_cut_is_the_best(tmp_path: Path) -> None:
+    """Though all of them look better: they hold differences everywhere."""
+    best = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss")
+    trainer = make(tmp_path, save_strategy="steps", save_steps=1, **best)
+    losses = iter(range(100))
+    trainer.scorer = lambda: {"loss": float(next(losses))}
+    trainer.train()
+    assert trainer.state.best_global_step == 5, "the first one behind the cut"
+    trainer.adapter.fold()
+    kept = sum(len(part.index) for part in parts(trainer.adapter).values())
+    assert kept <= round(0.02 * sum(math.prod(part.shape) for part in parts(trainer.adapter).values()))
 
 
 def test_the_cut_is_made_at_the_end_at_the_latest(tmp_path: Path) -> None:

@@ -392,3 +392,10 @@ def test_quantised_weights_are_refused() -> None:
     module.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(tt.UserError, match="quantised"):
         tt.attach(model, "mask")
+
+
+@pytest.mark.parametrize("method", ["mask[form=bits]", "diff-pruning[form=sparse]"])
+def test_the_saved_form_is_not_trained(method: str, tmp_path: Path) -> None:
+    adapter = tt.attach(tiny("bert"), method)
+    with pytest.raises(tt.UserError, match="in which nothing is trained"):
+        tt.Trainer(adapter.model, TrainingArguments(str(tmp_path), use_cpu=True), adapter=adapter, train_dataset=[])
