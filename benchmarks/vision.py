@@ -4,6 +4,7 @@ fine-tuning. Knows which runs are made and how one is made and shown; refuses to
     python -m benchmarks.vision              trains the ViT if there is none, then what has no result; writes the page
     python -m benchmarks.vision --report     only write the page from the results that are there
     python -m benchmarks.vision --quick      a few pictures and epochs, with a page of its own
+    python -m benchmarks.vision --dinov2     the head and llama-adapter of DINOv2-S as well (benchmarks/dinov2.py)
 
 Fashion-MNIST comes from Debian's package `dataset-fashion-mnist`, the digits from scikit-learn. Every run is one of
 `trimtab train`: folders of pictures in, a run's folder out, evaluated on a fresh base. A cell is one run (method,
@@ -20,6 +21,7 @@ import functools
 import gzip
 import hashlib
 import io
+import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -40,6 +42,8 @@ SHAPE: dict[str, Any] = dict(
     hidden_size=96, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, image_size=SIZE, patch_size=7
 )
 """The small ViT: 16 patches and a class token, 0.46 million parameters."""
+DINOV2_SIZE = 22_056_576 + 7_690
+"""Parameters of DINOv2-S and of a head for ten classes on its class token and its patches' mean."""
 SHARE = 0.05
 """What a small method may train of full fine-tuning's parameters."""
 POINT = 0.01
@@ -61,13 +65,16 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("full", "full", (3e-4, 1e-3, 3e-3)),
-    Entry("llama-adapter", "llama-adapter[length=20,layers=0:]", (3e-3, 1e-2, 3e-2)),
-    Entry("prefix", "prefix[length=16,form=flat]", (3e-3, 1e-2, 3e-2)),
-    Entry("prompt", "prompt[length=16]", (3e-3, 1e-2, 3e-2)),
-    Entry("houlsby", "houlsby[size=6]", (1e-3, 3e-3, 1e-2)),
-    Entry("lora", "lora[r=4,targets=q,k,v,o]", (1e-3, 3e-3, 1e-2)),
-    Entry("head", "head", (3e-3, 1e-2, 3e-2)),
+    Entry("full", "full", (1e-3, 3e-3)),
+    Entry("llama-adapter", "llama-adapter[length=20,layers=0:]", (1e-2, 3e-2)),
+    Entry("prefix", "prefix[length=16,form=flat]", (1e-2, 3e-2)),
+    Entry("houlsby", "houlsby[size=6]", (3e-3, 1e-2)),
+    Entry("lora", "lora[r=4,targets=q,k,v,o]", (3e-3, 1e-2)),
+    Entry("head", "head", (1e-2, 3e-2)),
+)
+DINOV2 = (
+    Entry("dinov2-llama-adapter", "llama-adapter[length=20,layers=-3:]", (3e-3, 1e-2)),
+    Entry("dinov2-head", "head", (3e-3, 1e-2)),
 )
 SEEDS = (0, 1, 2)
 
@@ -82,11 +89,13 @@ class Cell:
     seed: int
     base: str
     """The beginning of the SHA-256 of the base's weights."""
+    model: str = "vit"
+    """Which base it is: vit or dinov2."""
     train: int = 1000
     dev: int = 297
     test: int = 500
-    epochs: int = 20
-    batch_size: int = 32
+    epochs: int = 15
+    batch_size: int = 64
 
     @property
     def name(self) -> str:
@@ -98,11 +107,12 @@ class Cell:
 class Pretraining:
     """How the small ViT learns Fashion-MNIST."""
 
-    train: int = 60_000
-    test: int = 10_000
+    train: int = 20_000
+    """The first of 60,000."""
+    test: int = 2_000
     epochs: int = 4
     lr: float = 1e-3
-    batch_size: int = 128
+    batch_size: int = 64
     name: str = "pretraining"
 
 
@@ -206,7 +216,18 @@ def pretrain(folder: Path, plan: Pretraining) -> Figures:
         metrics = tt.fine_tune(settings, show=False)
         model = transformers.ViTForImageClassification.from_pretrained(learned)
         model.base_model.save_pretrained(folder / "vit")
-    return {"accuracy": metrics["after"]["accuracy"], **metrics["train"], **metrics["parameters"]}
+        shutil.copy(learned / "preprocessor_config.json", folder / "vit")
+    figures = {"accuracy": metrics["after"]["accuracy"], "learned": plan.train, "tested": plan.test}
+    return {**figures, **metrics["train"], **metrics["parameters"]}
+
+
+def base_of(folder: Path, model: str) -> Path:
+    """The folder of a base model."""
+    if model == "vit":
+        return folder / "vit"
+    from benchmarks import dinov2
+
+    return dinov2.folder()
 
 
 def digest(base: Path) -> str:
@@ -225,10 +246,10 @@ def run(folder: Path, cell: Cell) -> Figures:
     data = sides(folder, cell)
     with tempfile.TemporaryDirectory() as work, quiet():
         output = Path(work, "out")
+        base = str(base_of(folder, cell.model))
         settings = tt.TrainSettings(
-            str(folder / "vit"), data["train"], str(output), method=cell.method, task="classify", epochs=cell.epochs,
-            lr=cell.lr, batch_size=cell.batch_size, eval_data=data["dev"], seed=cell.seed,
-            save_steps=10**6,
+            base, data["train"], str(output), method=cell.method, task="classify", epochs=cell.epochs, lr=cell.lr,
+            batch_size=cell.batch_size, eval_data=data["dev"], seed=cell.seed, save_steps=10**6,
         )  # fmt: skip
         metrics = tt.fine_tune(settings, show=False)
         tested = tt.evaluate_run(output, data["test"], show=False)
@@ -241,6 +262,8 @@ def run(folder: Path, cell: Cell) -> Figures:
 
 def estimate(cell: Cell) -> float:
     """About how many seconds a cell takes with one thread."""
+    if cell.model == "dinov2":
+        return 40 + cell.epochs * cell.train * (0.0 if cell.method == "head" else 8e-3)
     return 5 + cell.epochs * cell.train * (1.4e-3 if cell.entry == "full" else 1e-3)
 
 
@@ -268,9 +291,24 @@ def report(
     plan: Mapping[str, list[Cell]], results: Mapping[Cell, Figures], pretrained: Figures | None
 ) -> dict[str, list[str]]:
     """The page's blocks."""
-    lines = header("method", "trained", "share of full", "learning rate", "dev accuracy", "test accuracy", "seconds")
-    best = best_of(plan, results)
+    small = {name: cells for name, cells in plan.items() if cells[0].model == "vit"}
+    large = {name: cells for name, cells in plan.items() if cells[0].model == "dinov2"}
+    best = best_of(small, results)
     whole = results[best["full"][0]]["trained"] if best.get("full") else None
+    return {
+        "setup": setup_lines(small, pretrained),
+        "scores": score_lines(best, results, whole),
+        "goal": goal_lines(best, results),
+        "dinov2": score_lines(best_of(large, results), results, DINOV2_SIZE),
+        "rates": rate_lines(plan, results),
+    }
+
+
+def score_lines(best: Mapping[str, list[Cell]], results: Mapping[Cell, Figures], whole: int | None) -> list[str]:
+    """The table of the chosen rates, and what it lacks; `whole` is what full fine-tuning trains."""
+    if not any(best.values()):
+        return ["No results yet."]
+    lines = header("method", "trained", "share of full", "learning rate", "dev accuracy", "test accuracy", "seconds")
     for cells in best.values():
         if not cells:
             continue
@@ -281,12 +319,7 @@ def report(
         lines.append(
             row(f"`{cells[0].method}`", f"{own[0]['trained']:,}", share, f"{cells[0].lr:g}", dev, test, seconds)
         )
-    return {
-        "setup": setup_lines(plan, pretrained),
-        "scores": [*lines, "", *missing_lines(best)],
-        "goal": goal_lines(best, results),
-        "rates": rate_lines(plan, results),
-    }
+    return [*lines, "", *missing_lines(best)]
 
 
 def points(values: Sequence[float]) -> str:
@@ -308,7 +341,8 @@ def setup_lines(plan: Mapping[str, list[Cell]], pretrained: Figures | None) -> l
     return [
         f"The ViT ({SHAPE['num_hidden_layers']} layers, width {SHAPE['hidden_size']}, patches of "
         f"{SHAPE['patch_size']} × {SHAPE['patch_size']}; {pretrained['total']:,} parameters with its head) names "
-        f"{pretrained['accuracy']:.1%} of Fashion-MNIST's test pictures after {pretrained['epochs']:g} epochs "
+        f"{pretrained['accuracy']:.1%} of {pretrained['tested']:,} of Fashion-MNIST's test pictures after "
+        f"{pretrained['epochs']:g} epochs on {pretrained['learned']:,} of its training pictures "
         f"({pretrained['seconds'] / 60:.1f} minutes). Digits: {cell.train} to learn from ({cell.epochs} epochs, "
         f"{cell.batch_size} a batch), {cell.dev} to choose the learning rate by, {cell.test} to test on; "
         f"{len(SEEDS)} seeds. The head is trained with every method and counted."
@@ -355,19 +389,22 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--quick", action="store_true", help="a few pictures and epochs, a page of its own")
     made.add_argument("--report", action="store_true", help="write the page from the results that are there")
-    made.add_argument("--method", choices=[entry.name for entry in ENTRIES], action="append", help="run this only")
+    made.add_argument(
+        "--method", choices=[entry.name for entry in (*ENTRIES, *DINOV2)], action="append", help="run this only"
+    )
+    made.add_argument("--dinov2", action="store_true", help="DINOv2-S as well; fetches and converts it on first use")
     made.add_argument("--threads", type=int, default=1, metavar="N", help="threads (1)")
     made.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (benchmarks/out/vision)")
     return made
 
 
-def planned(base: str, quick: bool) -> dict[str, list[Cell]]:
+def planned(base: str, quick: bool, model: str = "vit") -> dict[str, list[Cell]]:
     """The cells of each method: every rate with every seed."""
-    like = Cell("", "", 0.0, 0, base)
-    entries: Sequence[Entry] = ENTRIES
+    like = Cell("", "", 0.0, 0, base, model, epochs=15 if model == "vit" else 8)
+    entries: Sequence[Entry] = ENTRIES if model == "vit" else DINOV2
     if quick:
         like = dataclasses.replace(like, train=100, dev=50, test=50, epochs=2)
-        entries = [dataclasses.replace(entry, lrs=entry.lrs[:2]) for entry in ENTRIES]
+        entries = [dataclasses.replace(entry, lrs=entry.lrs[:2]) for entry in entries]
     return {
         entry.name: [
             dataclasses.replace(like, entry=entry.name, method=entry.method, lr=lr, seed=seed)
@@ -376,6 +413,13 @@ def planned(base: str, quick: bool) -> dict[str, list[Cell]]:
         ]
         for entry in entries
     }
+
+
+def whole_plan(folder: Path, arguments: argparse.Namespace) -> dict[str, list[Cell]]:
+    """The cells of all models that are asked for."""
+    models = ("vit", "dinov2") if arguments.dinov2 else ("vit",)
+    parts = [planned(digest(base_of(folder, model)), arguments.quick, model) for model in models]
+    return {name: cells for part in parts for name, cells in part.items()}
 
 
 def run_plan(folder: Path, plan: Mapping[str, list[Cell]]) -> int:
@@ -409,13 +453,13 @@ def main() -> int:
             )
             if crashed:
                 return 1
-            plan = planned(digest(folder / "vit"), arguments.quick)
+            plan = whole_plan(folder, arguments)
             wanted = {name: cells for name, cells in plan.items() if not arguments.method or name in arguments.method}
             crashed = run_plan(folder, wanted)
         except KeyboardInterrupt:
             print("stopped; the same command goes on from here", flush=True)
             return 130
-    plan = planned(digest(folder / "vit"), arguments.quick)
+    plan = whole_plan(folder, arguments)
     results = known(folder, [cell for cells in plan.values() for cell in cells])
     blocks = report(plan, results, known(folder, [pretraining]).get(pretraining))
     print("\n\n".join("\n".join(lines) for lines in blocks.values()))

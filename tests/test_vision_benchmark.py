@@ -49,13 +49,13 @@ def test_a_digit_is_on_one_side(tmp_path: Path) -> None:
 
 def test_the_rate_is_chosen_by_the_first_seed_and_the_dev_digits() -> None:
     cells = planned("base", quick=False)["lora"]
-    results = {cell: figures(0.9, 0.1 if cell.lr == 3e-3 else 0.99) for cell in cells}
-    assert chosen(cells[1:], dict(list(results.items())[2:])) is None
+    results = {cell: figures(0.9, 0.99) for cell in cells}
+    assert chosen(cells, dict(list(results.items())[1:])) is None
     results[cells[1]] = figures(0.95, 0.1)
-    assert chosen(cells, results) == cells[1] and cells[1].lr == 3e-3
+    assert chosen(cells, results) == cells[1] and cells[1].lr == 1e-2
     results[cells[0]] = figures(0.95, 0.9, loss=0.5)
     assert chosen(cells, results) == cells[0]
-    results[cells[4]] = figures(1.0, 1.0)  # another seed chooses nothing
+    results[cells[3]] = figures(1.0, 1.0)  # another seed chooses nothing
     assert chosen(cells, results) == cells[0]
 
 
@@ -69,13 +69,13 @@ def test_only_the_chosen_rate_runs_with_the_other_seeds(tmp_path: Path, monkeypa
     monkeypatch.setattr(module, "run", pretend)
     plan = planned("base", quick=False)
     assert run_plan(tmp_path, plan) == 0
-    assert len(made) == 3 * len(plan) + 2 * len(plan)
+    assert len(made) == 2 * len(plan) + 2 * len(plan)
     assert all(cell.lr == max(one.lr for one in plan[cell.entry]) for cell in made if cell.seed)
     made.clear()
     assert run_plan(tmp_path, plan) == 0 and not made
     other = {name: [dataclasses.replace(cell, base="new") for cell in cells] for name, cells in plan.items()}
     run_plan(tmp_path, other)
-    assert len(made) == 5 * len(plan)
+    assert len(made) == 4 * len(plan)
 
 
 def test_the_page_has_a_place_for_everything(tmp_path: Path) -> None:
@@ -88,11 +88,18 @@ def test_the_page_has_a_place_for_everything(tmp_path: Path) -> None:
             elif cell.seed == 0:
                 keep(tmp_path, cell, figures(0.5, 1.0))
     results = known(tmp_path, [cell for cells in plan.values() for cell in cells])
-    pretrained = {"accuracy": 0.9, "epochs": 4.0, "seconds": 120.0, "total": 460_000}
+    pretrained = {
+        "accuracy": 0.9,
+        "epochs": 4.0,
+        "seconds": 120.0,
+        "total": 460_000,
+        "learned": 20_000,
+        "tested": 2_000,
+    }
     blocks = report(plan, results, pretrained)
     page = fill((ROOT / "docs/vision.md").read_text(encoding="utf-8"), blocks, "vision.md")
-    assert "| `lora[r=4,targets=q,k,v,o]` | 40 | 4.0% | 0.001 | 99.0 ± 0.0 | 96.2 ± 0.0 | 2 |" in page
-    assert "head has 2 of 3 seeds." in page and "90.0% of Fashion-MNIST" in page
+    assert "| `lora[r=4,targets=q,k,v,o]` | 40 | 4.0% | 0.003 | 99.0 ± 0.0 | 96.2 ± 0.0 | 2 |" in page
+    assert "head has 2 of 3 seeds." in page and "90.0% of 2,000 of Fashion-MNIST" in page
     assert "- lora within a point of full with at most 5% of its parameters: **yes** (-0.8 points, 4.0%)" in page
     assert report(planned("other", quick=False), {}, None)["goal"] == ["Full fine-tuning has no result yet."]
 
