@@ -228,7 +228,7 @@ def table(pictures: str, figures: dict[bool, dict[str, Any]]) -> list[str]:
     return [
         *lines, "",
         f"{count} held-out pictures; {sees['trained']:,} trained parameters with the picture, {blind['trained']:,} "
-        f"without; training took {sees['training'] / 60:.0f} and {blind['training'] / 60:.0f} minutes on two cores.",
+        "without it.",
     ]  # fmt: skip
 
 
