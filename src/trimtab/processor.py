@@ -59,7 +59,7 @@ class Processor:
         if size > self.memory:
             return Shown(self, value, None)
         self.memory -= size
-        return Shown(self, value, pixels)
+        return Shown(self, None, pixels)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes FILE, from which `load_processor` makes the same."""
@@ -72,7 +72,7 @@ class Shown:
 
     processor: Processor
     value: Any
-    """As it stands in the row."""
+    """As it stands in the row, where the tensor is not kept."""
     kept: Tensor | None
     """The tensor, where there was memory for it."""
 
