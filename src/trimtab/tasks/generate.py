@@ -43,6 +43,7 @@ class Generate:
     head: ClassVar[str | None] = None
     takes: ClassVar[frozenset[str]] = frozenset({"template", "chat"})
     writes: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bleu", "nist")
 
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Generate:
