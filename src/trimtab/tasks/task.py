@@ -57,8 +57,10 @@ class Task(Protocol):
     """The wishes, besides both columns, that mean something to it."""
     writes: ClassVar[bool]
     """Whether answers are generated, so that a prompt must leave room for them."""
-    measures: Any
-    """The names of the metrics that runs may be compared by (a tuple of str), the usual one first."""
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of the metrics that runs may be compared by, the usual one first."""
 
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Task:
