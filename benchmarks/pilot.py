@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import keep, known, read, write
 from benchmarks.pages import fill, header, spread
 from benchmarks.rows import SOURCES, cache, distinct, package, spaces
+from trimtab.cells import keep, known, read, write
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 1000, 1000, 2000

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Clock, Figures, known, run_all, share_out
+from benchmarks.cells import Clock, run_all, share_out
 from benchmarks.rows import SOURCES, Row, split
+from trimtab.cells import Figures, known
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOOSING_TASK, CHOOSING_SEED = "sarcasm", 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality_results import Results, size_of
+from trimtab.comparison.pictures import name_points
 
 REFERENCES = ("full", "head", "zero-shot")
 """Lines of the picture; the other methods are points."""
@@ -41,7 +42,9 @@ def draw(results: Results, file: Path) -> bool:
     axes[0][0].set_ylabel("accuracy, mean over tasks")
     figure.tight_layout()
     for axis, model in zip(axes[0], models, strict=True):
-        _name_points(axis, points[model])  # after the layout, which moves the points
+        name_points(
+            axis, [(point.name, point.trained, point.mean) for point in points[model]]
+        )  # after the layout, which moves the points
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
@@ -83,35 +86,3 @@ def _reference(axis: Any, name: str, means: Sequence[float]) -> None:
 
 def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _name_points(axis: Any, points: Sequence[Point]) -> None:
-    """Names beside the points: the nearest place that neither a name nor a point has; a thin line where it is far."""
-    scale = 72 / axis.figure.dpi  # points a pixel
-    left, right = axis.bbox.x0 * scale, axis.bbox.x1 * scale
-    at = {point.name: axis.transData.transform((point.trained, point.mean)) * scale for point in points}
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
-    for point in sorted(points, key=lambda point: -point.mean):
-        x, y = at[point.name]
-        width = 5.2 * len(point.name)
-        inside = [side for side in (7, -7 - width) if left < x + side and x + side + width < right]
-        places = [(side, rise) for rise in range(-96, 97, 6) for side in inside]
-        boxes = {place: _box(x, y, *place, width) for place in places}
-        far = {(side, rise): abs(rise) + (12 if side < 0 else 0) for side, rise in places}
-        side, rise = min(places, key=lambda place: (_overlaps(boxes[place], taken), far[place]))
-        taken.append(_box(x, y, side, rise, width))
-        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if abs(rise) > 6 else None
-        axis.annotate(point.name, (point.trained, point.mean), xytext=(side, rise - 3), textcoords="offset points",
-                      fontsize=9, arrowprops=line)  # fmt: skip
-
-
-Box = tuple[float, float, float, float]
-
-
-def _box(x: float, y: float, side: float, rise: float, width: float) -> Box:
-    return x + side, y + rise - 5, x + side + width, y + rise + 5
-
-
-def _overlaps(box: Box, taken: Sequence[Box]) -> int:
-    left, bottom, right, top = box
-    return sum(left < x1 and x0 < right and bottom < y1 and y0 < top for x0, y0, x1, y1 in taken)

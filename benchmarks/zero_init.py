@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import write
 from benchmarks.pages import fill, header, row
 from benchmarks.quality import MODELS, Data, base, data
+from trimtab.cells import write
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TASK, LENGTH = MODELS["smollm2"], "sarcasm", 128

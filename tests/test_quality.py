@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.bootstrap import paired
-from benchmarks.cells import Clock, keep, known, read, run_all, share_out
+from benchmarks.cells import Clock, run_all, share_out
 from benchmarks.quality import PLAN, Cell, Chosen, Entry, Model, Plan, jobs_of, pending, quick_plan, stages
 from benchmarks.quality_picture import draw
 from benchmarks.quality_report import report, tables
 from benchmarks.quality_results import Results
 from benchmarks.rows import plain, related, split
+from trimtab.bootstrap import paired
+from trimtab.cells import keep, known, read
 
 # -- rows ---------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import benchmarks.table_to_text as module
-from benchmarks.cells import keep, known
 from benchmarks.pages import fill
 from benchmarks.table_to_text import (
     ROOT,
@@ -27,6 +26,7 @@ from benchmarks.table_to_text import (
     run_plan,
     sides,
 )
+from trimtab.cells import keep, known
 from trimtab.text_metrics import corpus_bleu
 
 ENTRIES = (

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from trimtab.adapter import Adapter, adapters, attach
     from trimtab.bank import Bank
     from trimtab.checkpoint import load
+    from trimtab.comparison.results import Comparison
+    from trimtab.comparison.steps import compare
     from trimtab.contract import Method
     from trimtab.errors import UserError
     from trimtab.methods import (
@@ -49,6 +51,8 @@ _HOME = {
     "adapters": "adapter",
     "attach": "adapter",
     "Bank": "bank",
+    "Comparison": "comparison.results",
+    "compare": "comparison.steps",
     "load": "checkpoint",
     "Method": "contract",
     "UserError": "errors",
@@ -67,6 +71,7 @@ __all__ = [
     "AutoPrompt",
     "Bank",
     "BitFit",
+    "Comparison",
     "DiffPruning",
     "Full",
     "Head",
@@ -91,6 +96,7 @@ __all__ = [
     "UserError",
     "adapters",
     "attach",
+    "compare",
     "evaluate_run",
     "fine_tune",
     "load",

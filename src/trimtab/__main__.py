@@ -31,6 +31,12 @@ NEW_TOKENS = 128
 WIDTH = 120
 """Columns of a table where stdout is no terminal."""
 
+_GO_ON = {
+    "train": "; go on with the same command and --resume",
+    "compare": "; what is finished is kept, go on with the same command",
+}
+"""What an interrupted command says."""
+
 ABOUT = "Tune a large frozen language model by training a few small tensors."
 
 app = typer.Typer(
@@ -97,7 +103,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                     raise
                 _fail(error)
             except KeyboardInterrupt as stop:
-                again = "; go on with the same command and --resume" if name == "train" else ""
+                again = _GO_ON.get(name, "")
                 _say(f"interrupted{f', {stop}' if str(stop) else ''}{again}")
                 raise typer.Exit(EXIT_INTERRUPTED) from None
 
@@ -225,6 +231,79 @@ def _option_of(name: str, text: str) -> Any:
 
 _set_signature(train, _train_parameters())
 command("train")(train)
+
+
+# -- compare ------------------------------------------------------------------------------------------------------
+
+_NOT_COMPARED = ("method", "lr", "name", "resume", "overwrite", "save_steps", "cache", "report_to")
+"""Settings that a comparison chooses or has no use for."""
+
+
+def compare(**flags: Any) -> None:
+    """Train methods alike on the same rows and say which to take.
+
+    Learning rates are chosen on a development split, the test rows are scored once. Writes report.html, results.json,
+    results.csv and every adapter; the same command goes on where it was stopped.
+    """
+    from trimtab.config import resolve
+
+    own = {name: flags.pop(name) for name in ("seeds", "minutes", "objective", "dev_share")}
+    methods, factors = flags.pop("methods"), flags.pop("lr_factors")
+    settings = resolve(None, (), flags)
+    from trimtab.methods.spec import split_methods
+
+    listed = split_methods(methods) if methods.strip() else []
+    _hush_libraries()
+    from trimtab.comparison.report import REPORT, failures, table
+    from trimtab.comparison.steps import compare as run
+
+    found = run(settings, listed, factors=_factors(factors), **own)
+    _show(table(found))
+    for line in failures(found):
+        print(f"failed  {line}")
+    print(found.recommendation, Path(found.folder) / REPORT, sep="\n")
+
+
+def _factors(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--lr-factors must be numbers with commas between them, not {text!r}") from None
+
+
+def _compare_parameters() -> list[inspect.Parameter]:
+    """The comparison's own options, and those settings of a run that all methods share."""
+    methods = Annotated[str, typer.Option(metavar="METHOD,…", help="The methods to compare.", show_default=False)]
+    seeds = Annotated[int, typer.Option(metavar="N", help="Runs of each method with the chosen learning rate.")]
+    minutes = Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Minutes for everything; every run gets the same seconds, at most --epochs."),
+    ]
+    objective = Annotated[
+        str | None, typer.Option(metavar="METRIC", help="What decides; default: the task's first metric.")
+    ]
+    dev = Annotated[float, typer.Option(metavar="X", help="Share of the training rows to choose learning rates by.")]
+    factors = Annotated[
+        str, typer.Option(metavar="X,…", help="Learning rates to try, as multiples of each method's default.")
+    ]
+    shared = [(name, text) for name, text in field_docs(TrainSettings).items() if name not in _NOT_COMPARED]
+    return [
+        _keyword("methods", methods),
+        _keyword("seeds", seeds, 3),
+        _keyword("minutes", minutes, None),
+        _keyword("objective", objective, None),
+        _keyword("dev_share", dev, 0.1),
+        _keyword("lr_factors", factors, "0.333,1,3"),
+        *(_keyword(name, _option_of(name, text), None) for name, text in shared),
+    ]
+
+
+def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+_set_signature(compare, _compare_parameters())
+command("compare")(compare)
 
 
 # -- using a run --------------------------------------------------------------------------------------------------

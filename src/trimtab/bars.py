@@ -1,11 +1,18 @@
-"""A progress bar on the terminal. Knows whether there is one; refuses to know what is being counted."""
+"""Progress bars on the terminal. Knows whether there is one; refuses to know what is being counted.
+
+A bar that opens while another one is open stands below it, so a loop of runs shows what is done in all and at present.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+_OPEN: ContextVar[Any] = ContextVar("open", default=None)
+"""The display that is on the terminal at present."""
 
 
 class Bar(Protocol):
@@ -21,11 +28,36 @@ def progress(title: str, total: int, show: bool | None = None, done: int = 0) ->
     if not (sys.stderr.isatty() if show is None else show):
         yield lambda steps=1, note="": None
         return
+    display = _OPEN.get()
+    if display is not None:
+        with _row(display, title, total, done) as bar:
+            yield bar
+        return
+    with _display() as display:
+        before = _OPEN.set(display)
+        try:
+            with _row(display, title, total, done, kept=True) as bar:
+                yield bar
+        finally:
+            _OPEN.reset(before)
+
+
+def _display() -> Any:
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(escape(title), total=total, completed=done, note="")
-        yield lambda steps=1, note="": bar.update(task, advance=steps, note=escape(note))
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+
+
+@contextmanager
+def _row(display: Any, title: str, total: int, done: int, kept: bool = False) -> Iterator[Bar]:
+    """One bar of a display; it goes away with the block unless it is to be kept."""
+    from rich.markup import escape
+
+    task = display.add_task(escape(title), total=total, completed=done, note="")
+    try:
+        yield lambda steps=1, note="": display.update(task, advance=steps, note=escape(note))
+    finally:
+        if not kept:
+            display.remove_task(task)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import shlex
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,32 @@ def is_flag(name: str) -> bool:
 def flag(name: str) -> str:
     """'batch_size' -> '--batch-size'."""
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def command(settings: TrainSettings) -> str:
+    """The command line that runs these settings: what differs from the defaults, quoted for a shell."""
+    from trimtab.methods.spec import format_method, parse_method
+
+    words = ["trimtab", "train"]
+    for name in names():
+        value = getattr(settings, name)
+        if name == "method":
+            value = format_method(parse_method(value))
+        if value == default(name) or value is None:
+            continue
+        if is_flag(name):
+            words.append(flag(name))
+        else:
+            words += [flag(name), _as_text(value)]
+    return shlex.join(words)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={one}" for key, one in value.items())
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return str(value).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def metavar(name: str) -> str:

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from trimtab.bars import progress
 from trimtab.data import hold_out, home, limit, load_rows
 from trimtab.errors import UserError
-from trimtab.evaluate import evaluate
+from trimtab.evaluate import BATCH_TOKENS, evaluate
 from trimtab.methods.spec import parse_method
 from trimtab.models import Kind, kind_of, load_tokenizer
 from trimtab.pictures import located
 from trimtab.processor import load_processor
 from trimtab.row_pictures import COLUMN
+from trimtab.scoring import Run
 from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, all_inputs, encode_all, prepare, task_class
@@ -46,6 +47,17 @@ class Data:
     def evaluate_base(self, model: PreTrainedModel, show: bool | None) -> dict[str, float]:
         """The same of the frozen base."""
         return self._evaluate(model, self.plain, show)
+
+    def marked(self, model: PreTrainedModel, show: bool | None) -> tuple[dict[str, float], list[float] | None]:
+        """The metrics, and how right each held-out example's answer is, the mean being the accuracy.
+
+        None where the task has no such number for a single example.
+        """
+        marked = getattr(self.task, "marked", None)  # of a task that has one
+        if marked is None:
+            return self.evaluate(model, show), None
+        metrics, marks = marked(Run(model, self.tokenizer, self.kind, BATCH_TOKENS, show, self.search), self.held_out)
+        return {**metrics, "examples": len(self.held_out)}, marks
 
     def _evaluate(self, model: PreTrainedModel, examples: list[Any], show: bool | None) -> dict[str, float]:
         how: Any = {"max_new_tokens": self.max_new_tokens, "search": self.search, "show": show}
@@ -132,13 +144,20 @@ def load_data(settings: TrainSettings, source: Source, show: bool | None = None)
     tokenizer = load_reader(settings.model, kind)
     train, held_out = split_rows(settings, task, source.rows)
     learned = encode(task, train, tokenizer, longest, kind, show, learn=True)
-    asked = encode(task, held_out, tokenizer, longest, kind, show)
+    data = Data(kind, tokenizer, task, learned, [], [], Search.of(settings), settings.max_new_tokens)
+    return holding(data, held_out, longest, show)
+
+
+def holding(data: Data, rows: Any, max_length: int, show: bool | None = None) -> Data:
+    """The same data with these rows held out. Raises UserError naming a row."""
+    task, kind, tokenizer = data.task, data.kind, data.tokenizer
+    asked = encode(task, rows, tokenizer, max_length, kind, show)
     plain = asked
-    if source.pseudo_tokens:
+    if pseudo_tokens(getattr(task, "template", "")):
         bare: Any = task
         bare = dataclasses.replace(bare, template=without_pseudo(bare.template))
-        plain = encode(bare, held_out, tokenizer, longest, kind, show)
-    return Data(kind, tokenizer, task, learned, asked, plain, Search.of(settings), settings.max_new_tokens)
+        plain = encode(bare, rows, tokenizer, max_length, kind, show)
+    return dataclasses.replace(data, held_out=asked, plain=plain)
 
 
 def split_rows(settings: TrainSettings, task: Task, rows: Any) -> tuple[Any, Any]:

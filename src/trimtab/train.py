@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -122,12 +123,24 @@ def resolved(settings: TrainSettings, data: Data) -> TrainSettings:
     return dataclasses.replace(settings, method=method, lr=lr, batch_size=rows, batch_tokens=tokens)
 
 
-def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Adapter, show: bool | None) -> Trainer:
-    """The Trainer for resolved settings."""
+def make_trainer(
+    settings: TrainSettings,
+    folder: Path,
+    data: Data,
+    adapter: Adapter,
+    show: bool | None,
+    *,
+    store: Store | None = None,
+    checkpoints: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """The Trainer for resolved settings, with a store of its own where none is given."""
     assert settings.lr is not None
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": settings.save_steps or 0.1}
     if settings.save_steps is None and _whole(adapter):
         saving = {"save_strategy": "epoch"}
+    if not checkpoints:
+        saving = {"save_strategy": "no"}
     args = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
@@ -154,9 +167,10 @@ def make_trainer(settings: TrainSettings, folder: Path, data: Data, adapter: Ada
         batch_tokens=settings.batch_tokens,
         pad_id=getattr(data.tokenizer, "pad_token_id", 0),
         log_file=folder / LOG,
-        store=make_store(settings, adapter, args.process_index),
+        store=make_store(settings, adapter, args.process_index) if store is None else store,
         loss_per=settings.loss_per,
         show=show,
+        callbacks=callbacks,
     )
 
 

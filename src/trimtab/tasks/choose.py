@@ -85,6 +85,7 @@ class Choose:
     head: ClassVar[str | None] = "choices"
     takes: ClassVar[frozenset[str]] = frozenset({"template", "chat", "choices_column"})
     writes: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "loss")
 
     def __post_init__(self) -> None:
         if self.label_form not in LABEL_FORMS:
@@ -162,12 +163,14 @@ class Choose:
 
     def score(self, run: Run, examples: Sequence[Any], max_new_tokens: int | None) -> dict[str, float]:
         """accuracy, and the loss: of an encoder over the choices, of a language model over the right one's tokens."""
+        return self.marked(run, examples)[0]
+
+    def marked(self, run: Run, examples: Sequence[Any]) -> tuple[dict[str, float], list[float]]:
+        """The score, and 1 or 0 for each example that is right or wrong."""
         scores, gold = _scores(run, examples), [example.target for example in examples]
-        hits = sum(int(row.argmax()) == target for row, target in zip(scores, gold, strict=True))
-        return {
-            "accuracy": hits / len(gold),
-            "loss": gold_loss(scores, gold, [_sizes(example) for example in examples]),
-        }
+        marks = [float(int(row.argmax()) == target) for row, target in zip(scores, gold, strict=True)]
+        loss = gold_loss(scores, gold, [_sizes(example) for example in examples])
+        return {"accuracy": sum(marks) / len(gold), "loss": loss}, marks
 
     def answers(self, run: Run, examples: Sequence[Any], max_new_tokens: int) -> list[str]:
         """The most likely choice of each."""

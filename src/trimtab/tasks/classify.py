@@ -57,6 +57,7 @@ class Classify:
     head: ClassVar[str | None] = "classification"
     takes: ClassVar[frozenset[str]] = frozenset({"template", "chat", "label_words"})
     writes: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc", "loss")
 
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Classify:
@@ -166,9 +167,14 @@ class Classify:
 
     def score(self, run: Run, examples: Sequence[Example], max_new_tokens: int | None) -> dict[str, float]:
         """accuracy, macro_f1, mcc and the loss of the gold classes."""
+        return self.marked(run, examples)[0]
+
+    def marked(self, run: Run, examples: Sequence[Example]) -> tuple[dict[str, float], list[float]]:
+        """The score, and 1 or 0 for each example that is right or wrong."""
         scores, loss = self.scores(run, examples)
-        found = classification_metrics(scores.argmax(1).tolist(), _gold(examples), len(self.labels))
-        return {**found, "loss": loss}
+        predicted, gold = scores.argmax(1).tolist(), _gold(examples)
+        found = classification_metrics(predicted, gold, len(self.labels))
+        return {**found, "loss": loss}, [float(a == b) for a, b in zip(predicted, gold, strict=True)]
 
     def answers(self, run: Run, examples: Sequence[Example], max_new_tokens: int) -> list[str]:
         """The most likely label of each."""

@@ -50,6 +50,7 @@ class Generate:
     head: ClassVar[str | None] = None
     takes: ClassVar[frozenset[str]] = frozenset({"template", "chat", "image_column", "stage_column"})
     writes: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bleu", "nist")
 
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Generate:

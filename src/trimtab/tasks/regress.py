@@ -39,6 +39,7 @@ class Regress:
     head: ClassVar[str | None] = "regression"
     takes: ClassVar[frozenset[str]] = frozenset({"template"})
     writes: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
     in_chat: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

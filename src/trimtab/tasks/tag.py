@@ -82,6 +82,11 @@ class Tag:
         return cls(tuple(sort_labels(set().union(*texts))), text_column, label_column)
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """What runs may be compared by, the usual one first."""
+        return ("entity_f1", "accuracy", "loss") if self.bio else ("accuracy", "macro_f1", "loss")
+
+    @property
     def bio(self) -> bool:
         """Whether the tags mark entities."""
         return is_bio(self.labels)

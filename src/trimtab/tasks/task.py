@@ -62,6 +62,10 @@ class Task(Protocol):
     writes: ClassVar[bool]
     """Whether answers are generated, so that a prompt must leave room for them."""
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of the metrics that runs may be compared by, the usual one first."""
+
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> Task:
         """The task that rows are for. Raises UserError for columns, templates and labels that cannot be used."""

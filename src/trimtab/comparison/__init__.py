@@ -1,0 +1,1 @@
+"""Which method for my task: methods trained alike on the same rows, and what came of it (`trimtab compare`)."""
