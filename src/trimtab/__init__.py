@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trimtab.bank import Bank
     from trimtab.checkpoint import load
     from trimtab.contract import Method
+    from trimtab.conversion import convert
     from trimtab.errors import UserError
     from trimtab.methods import (
         IA3,
@@ -48,6 +49,7 @@ _HOME = {
     "Adapter": "adapter",
     "adapters": "adapter",
     "attach": "adapter",
+    "convert": "conversion",
     "Bank": "bank",
     "load": "checkpoint",
     "Method": "contract",
@@ -91,6 +93,7 @@ __all__ = [
     "UserError",
     "adapters",
     "attach",
+    "convert",
     "evaluate_run",
     "fine_tune",
     "load",

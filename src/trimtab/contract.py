@@ -13,8 +13,9 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              a part with prepare() has it called once a forward of the stack, one with `shift` = P moves the text's
              positions up by P where the family does so (one part a stack has it)
     embeds   forward() -> virtual tokens [P, width], in front of the input; `behind` = n puts them behind its first n
-             tokens, in models where they are inserted; a part with `first` (a buffer) has them in place of the ids
-             first, first + 1, … instead
+             tokens, in models where they are inserted; one with `leads` = True has what becomes of its first token
+             stand for the text's first behind the last layer, where poolers read; a part with `first` (a buffer) has
+             them in place of the ids first, first + 1, … instead
     states   forward(reading, own) -> [B, n, width], in place of what leaves the stack; `reading` (states.Reading) has
              what its layers read and gave, which run without gradients; `taps` are the layers whose outputs are read
              (cache.py), besides the last; `layers` those that the part's own layers stand beside, in order, for room

@@ -140,7 +140,7 @@ def kind_of(source: str, task: str, template: str | None = None) -> Kind:
     a model that cannot do the task, and for a mask that the model or the task has no use for.
     """
     config, wanted = load_config(source), task_class(task)
-    kind = _kind_of_config(config)
+    kind = model_kind(config)
     if has_mask(template):
         return _masked(source, config, kind, task)
     if kind not in wanted.kinds or (kind == "encoder" and config.model_type not in _families(wanted)):
@@ -176,10 +176,11 @@ def _able(task: type[Task]) -> str:
 
 
 def _is_encoder(model_type: str) -> bool:
-    return _kind_of_config(AutoConfig.for_model(model_type)) == "encoder"
+    return model_kind(AutoConfig.for_model(model_type)) == "encoder"
 
 
-def _kind_of_config(config: PreTrainedConfig) -> Kind:
+def model_kind(config: PreTrainedConfig) -> Kind:
+    """The kind of model that a configuration was saved as, or that its type usually is."""
     if config.is_encoder_decoder:
         return "seq2seq"
     saved_as = set(config.architectures or ())
