@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trimtab.comparison.results import Comparison
     from trimtab.comparison.steps import compare
     from trimtab.contract import Method
+    from trimtab.conversion import convert
     from trimtab.errors import UserError
     from trimtab.methods import (
         IA3,
@@ -50,6 +51,7 @@ _HOME = {
     "Adapter": "adapter",
     "adapters": "adapter",
     "attach": "adapter",
+    "convert": "conversion",
     "Bank": "bank",
     "Comparison": "comparison.results",
     "compare": "comparison.steps",
@@ -97,6 +99,7 @@ __all__ = [
     "adapters",
     "attach",
     "compare",
+    "convert",
     "evaluate_run",
     "fine_tune",
     "load",

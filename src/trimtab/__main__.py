@@ -402,6 +402,28 @@ def merge(
     print(output)
 
 
+@command("convert")
+def convert(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An adapter folder of trimtab or of peft.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR2", help="Folder to write into.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="What to write: trimtab or peft.")] = "trimtab",
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The base model; default: the one that the folder names.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder has.")] = False,
+) -> None:
+    """Turn an adapter of another library into one of trimtab, or the other way round.
+
+    The same logits come out on both sides; what one of them cannot express is refused.
+    """
+    _hush_libraries()
+    from trimtab.conversion import convert
+
+    print(convert(folder, output, to=to, model=model, overwrite=overwrite))
+
+
 @command("demo")
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write into.")] = Path("demo-output"),

@@ -231,6 +231,15 @@ class Adapter:
 
         return save_adapter(self, Path(folder), task=task)
 
+    def export(self, folder: str | Path, to: str) -> Path:
+        """Write the adapter into `folder` as another library's files (peft).
+
+        Raises UserError for what that library cannot express; then nothing is written.
+        """
+        from trimtab import peers
+
+        return peers.export(self, folder, to)
+
     def _trained(self) -> nn.Module:
         return self.model if getattr(self.method, "whole_model", False) else self._entry.parts
 

@@ -215,7 +215,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is broken: it holds no JSON object")
     if "peft_type" in config:
-        raise UserError(f"{folder} is a peft adapter, not one of trimtab")
+        raise UserError(f"{folder} is a peft adapter; make it one of trimtab: trimtab convert {folder} --output DIR")
     missing = [key for key in ("format", "method", "base") if key not in config]
     if missing:
         raise UserError(f"{path} is broken: it lacks {', '.join(missing)}")
@@ -260,11 +260,17 @@ def load(
     *,
     force: bool = False,
 ) -> Adapter:
-    """Attach the adapter of a folder to a model. Touches no network.
+    """Attach the adapter of a folder to a model: one of trimtab's, or another library's (peers/). Touches no network.
 
-    `force` accepts a base model other than the one it was trained on. Raises UserError for a broken folder, another
-    base model, and missing, unexpected or mis-shaped tensors; then the model is as it was.
+    `force` accepts a base model other than the one it was trained on; other libraries' folders do not say which it was.
+    Raises UserError for a broken folder, another base model, and missing, unexpected or mis-shaped tensors; then the
+    model is as it was.
     """
+    from trimtab import peers  # which builds on this module
+
+    library = peers.library_of(folder)
+    if library is not None:
+        return peers.load(model, folder, library, name)
     config = read_adapter_config(folder)
     method = method_from_dict(config["method"])
     if getattr(method, "whole_model", False):

@@ -15,8 +15,9 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              a part with `eye` owns what looks at the pictures of a batch, `eye.see(images, rows)`, before each forward
              of the model (image_argument.py), and the frozen encoder that it looks through, `eye.sight`
     embeds   forward() -> virtual tokens [P, width], in front of the input; `behind` = n puts them behind its first n
-             tokens, in models where they are inserted; a part with `first` (a buffer) has them in place of the ids
-             first, first + 1, … instead
+             tokens, in models where they are inserted; one with `leads` = True has what becomes of its first token
+             stand for the text's first behind the last layer, where poolers read; a part with `first` (a buffer) has
+             them in place of the ids first, first + 1, … instead
     states   forward(reading, own) -> [B, n, width], in place of what leaves the stack; `reading` (states.Reading) has
              what its layers read and gave, which run without gradients; `taps` are the layers whose outputs are read
              (cache.py), besides the last; `layers` those that the part's own layers stand beside, in order, for room

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from trimtab.adapter import adapters
+from trimtab.apart import check_apart
 from trimtab.checkpoint import atomic_folder, read_adapter_config
 from trimtab.data import resolve
 from trimtab.errors import UserError
@@ -78,25 +79,11 @@ def _check(folder: Path, output: Path, overwrite: bool) -> None:
         raise UserError(f"{output} is a file; --output must be a folder")
     run = begun(folder)
     bases = [run.model if run else "", str(config["base"].get("path") or "")]
-    _check_apart(output, folder, "the run's own folder")
+    check_apart(output, folder, "the run's own folder")
     for base in filter(None, bases):
-        _check_apart(output, Path(resolve(base)).expanduser(), "the base model's folder")
+        check_apart(output, Path(resolve(base)).expanduser(), "the base model's folder")
     if output.is_dir() and any(output.iterdir()):
         _check_replaceable(output, overwrite)
-
-
-def _check_apart(output: Path, other: Path, what: str) -> None:
-    """Raises UserError where writing one would replace or change the other."""
-    if not other.exists():
-        return
-    one, two = output.resolve(), other.resolve()
-    for relation, holds in (
-        ("is", one == two),
-        ("contains", two.is_relative_to(one)),
-        ("is inside", one.is_relative_to(two)),
-    ):
-        if holds:
-            raise UserError(f"{output} {relation} {what}; choose another")
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:

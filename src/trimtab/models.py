@@ -188,7 +188,7 @@ def kind_of(source: str, task: str, template: str | None = None) -> Kind:
     a model that cannot do the task, and for a mask that the model or the task has no use for.
     """
     config = load_config(source)
-    kind = _kind_of_config(config)
+    kind = model_kind(config)
     wanted = task_class(task, kind)
     if has_mask(template):
         return _masked(source, config, kind, task)
@@ -230,14 +230,15 @@ def _able(name: str) -> str:
 
 
 def _is_of(kind: str, model_type: str) -> bool:
-    return _kind_of_config(AutoConfig.for_model(model_type)) == kind
+    return model_kind(AutoConfig.for_model(model_type)) == kind
 
 
 def _is_encoder(model_type: str) -> bool:
     return _is_of("encoder", model_type)
 
 
-def _kind_of_config(config: PreTrainedConfig) -> Kind:
+def model_kind(config: PreTrainedConfig) -> Kind:
+    """The kind of model that a configuration was saved as, or that its type usually is."""
     if config.is_encoder_decoder:
         return "seq2seq"
     saved_as = set(config.architectures or ())

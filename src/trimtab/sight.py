@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimtab.arch import select_layers
@@ -91,7 +91,7 @@ class Sight:
         if self._last is not None and self._last[0].same(rows):
             return self._last[1].to(device), self._last[2]  # a step of generation, which brings what the last one did
         if self.model.device != torch.device(device):
-            self.model.to(device)  # it is no part of the language model, which may have moved
+            nn.Module.to(self.model, device)  # it is no part of the language model, which may have moved
         pictures = [None if one is None else Picture.of(one) for one in images]
         seen = torch.tensor([one is not None for one in pictures], dtype=torch.bool)
         found = self._known([(row, one) for row, one in enumerate(pictures, start=1) if one is not None])

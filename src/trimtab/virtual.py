@@ -191,6 +191,7 @@ class FrontTokens:
     def __init__(self, site: EmbedsSite, part: nn.Module, switch: Switch):
         self.site, self.part, self.switch = site, part, switch
         self.behind: int = getattr(part, "behind", 0)
+        self.leads: bool = getattr(part, "leads", False)
         self.length = 0
         """How many virtual tokens there are in the present forward."""
 
@@ -238,6 +239,7 @@ class FrontStates:
 
     def __init__(self, part: nn.Module, switch: Switch):
         self.part, self.switch = part, switch
+        self.leads: bool = getattr(part, "leads", False)
         self.length = 0
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -260,8 +262,14 @@ class CutFront:
         if length == 0:
             return None
         if isinstance(output, tuple):
-            return (_without(output[0], self.front.behind, length), *output[1:])
-        return _without(output, self.front.behind, length)
+            return (self._cut(output[0]), *output[1:])
+        return self._cut(output)
+
+    def _cut(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, P + n, width] -> [B, n, width]"""
+        if self.front.leads:  # the first virtual token's state in place of the text's first
+            return _without(states, 1, self.front.length)
+        return _without(states, self.front.behind, self.front.length)
 
 
 class ReaderMask:

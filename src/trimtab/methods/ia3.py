@@ -16,10 +16,8 @@ import torch
 from torch import nn
 
 from trimtab.contract import Context, Parts
+from trimtab.errors import UserError
 from trimtab.sites import LinearSite, Sites
-
-INPUTS = ("down",)
-"""Projections whose input is scaled; of all others the output is."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,8 @@ class IA3:
     """Projections: of down the input is scaled, of the others (q, k, v, o, up, gate) the output."""
     layers: str | None = None
     """Layers to adapt, e.g. -10: or 0,2,5; all where not given."""
+    inputs: tuple[str, ...] = ("down",)
+    """Those of the targets whose input is scaled instead of their output (peft does it to o of BERT, too)."""
 
     name: ClassVar[str] = "ia3"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
@@ -41,12 +41,15 @@ class IA3:
     def build(self, sites: Sites, context: Context) -> Parts:
         """A vector a projection. Raises UserError for targets or layers that do not exist."""
         chosen = sites.linears(self.targets, self.layers)
-        return {site: ScaleInput(site) if site.role in INPUTS else ScaleOutput(site) for site in chosen}
+        shared = next((site for site in chosen if site.role in self.inputs and site.span is not None), None)
+        if shared is not None:
+            raise UserError(f"ia3: the input of {shared.role} is that of other projections of {shared.path}, too")
+        return {site: ScaleInput(site) if site.role in self.inputs else ScaleOutput(site) for site in chosen}
 
     def parameter_count(self, sites: Sites) -> int:
         """Σ of the scaled widths."""
         chosen = sites.linears(self.targets, self.layers)
-        return sum(site.in_features if site.role in INPUTS else site.out_features for site in chosen)
+        return sum(site.in_features if site.role in self.inputs else site.out_features for site in chosen)
 
 
 class ScaleOutput(nn.Module):

@@ -30,6 +30,8 @@ class Prompt:
     """Where they start: vocabulary (sampled), text, labels (the task's words) or random (noise of the same scale)."""
     text: str | None = None
     """Text whose embeddings the virtual tokens start from (repeated or cut to `length`); sets init to text."""
+    leads: bool = False
+    """Whether a classifier that reads the first token reads the first virtual one (peft) instead of the text's."""
 
     name: ClassVar[str] = "prompt"
     kinds: ClassVar[frozenset[str]] = frozenset({"embeds"})
@@ -47,8 +49,15 @@ class Prompt:
             raise UserError("prompt: init=text needs text='…'")
 
     def build(self, sites: Sites, context: Context) -> Parts:
-        """One block of virtual tokens a stack that reads an input."""
-        return {site: VirtualTokens(self._start(site, context)) for site in sites.embeds}
+        """One block of virtual tokens a stack that reads an input.
+
+        Raises UserError for `leads` where the first token is not what a classifier reads.
+        """
+        if self.leads and any(site.insert == "shared" or site.reader is not None for site in sites.embeds):
+            raise UserError(
+                f"prompt: leads=true is for models that read a class off the first token, not {sites.family.name}"
+            )
+        return {site: VirtualTokens(self._start(site, context), self.leads) for site in sites.embeds}
 
     def parameter_count(self, sites: Sites) -> int:
         """length · width."""
@@ -56,7 +65,7 @@ class Prompt:
 
     def for_loading(self) -> Prompt:
         """The same shapes without the text they started from: their values come from the file."""
-        return Prompt(self.length)
+        return Prompt(self.length, leads=self.leads)
 
     def _start(self, site: EmbedsSite, context: Context) -> torch.Tensor:
         """[length, width]"""
@@ -83,9 +92,10 @@ class Prompt:
 class VirtualTokens(nn.Module):
     """P [length, width] itself."""
 
-    def __init__(self, start: torch.Tensor):
+    def __init__(self, start: torch.Tensor, leads: bool = False):
         super().__init__()
         self.tokens = nn.Parameter(start)
+        self.leads = leads
 
     def forward(self) -> torch.Tensor:
         """[length, width]"""
