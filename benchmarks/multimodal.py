@@ -272,7 +272,7 @@ def draw(figures: dict[str, Any], file: Path) -> None:
             )  # fmt: skip
     figure.tight_layout(h_pad=5)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")  # the last row's answers stand outside its axes
     pyplot.close(figure)
 
 
