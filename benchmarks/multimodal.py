@@ -259,7 +259,7 @@ def draw(figures: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     pictures, _ = read_fashion("t10k")
-    figure, axes = pyplot.subplots(3, SHOWN // 3, figsize=(11, 9.5))
+    figure, axes = pyplot.subplots(3, SHOWN // 3, figsize=(11, 11))
     for at, (axis, own) in enumerate(zip(axes.flat, _by_picture(figures), strict=False)):
         axis.imshow(pictures[at], cmap="gray_r")
         axis.set_axis_off()
@@ -267,12 +267,12 @@ def draw(figures: dict[str, Any], file: Path) -> None:
         for line, one in enumerate(own):
             right = one["answer"].strip() == one["right"]
             axis.text(
-                0, -0.08 - 0.11 * line, one["answer"], transform=axis.transAxes, fontsize=8, va="top",
+                0, -0.06 - 0.09 * line, one["answer"], transform=axis.transAxes, fontsize=8, va="top",
                 color="0.1" if right else "C3", weight="normal" if right else "bold",
             )  # fmt: skip
-    figure.tight_layout(h_pad=2.5)
+    figure.tight_layout(h_pad=5)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")  # the last row's answers stand outside its axes
     pyplot.close(figure)
 
 
