@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Clock, keep, read, run_all, write
+from benchmarks.cells import Clock, run_all
 from benchmarks.fashion import CLASSES, ViT, train_vit
 from benchmarks.fashion import read as read_fashion
 from benchmarks.pages import fill, header, row
+from trimtab.cells import keep, read, write
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks/out/multimodal"

@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cells import Clock, Figures, known, run_all, write
+from benchmarks.cells import Clock, run_all
 from benchmarks.pages import fill, header, row
+from trimtab.cells import Figures, known, write
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = Path("/usr/share/datasets/fashion-mnist")

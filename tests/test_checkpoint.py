@@ -89,7 +89,7 @@ def _shape(tensors: dict[str, torch.Tensor]) -> None:
         (lambda folder: _config(folder, method={"name": "lora", "rank": 2}), "rank"),
         (lambda folder: _config(folder, method={"name": "lora", "r": "many"}), "many"),
         (lambda folder: _config(folder, base={"model_type": "bert"}), "bert"),
-        (lambda folder: _config(folder, peft_type="LORA"), "peft"),
+        (lambda folder: _config(folder, peft_type="LORA"), "no LoRA tensor"),
     ],
 )
 def test_broken_folders_are_refused_and_leave_the_model_alone(saved: Path, break_it: Any, sentence: str) -> None:

@@ -272,6 +272,7 @@ def test_too_few_minutes_for_scoring(tmp_path, model, data) -> None:
 # -- the budget ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_minutes_give_every_method_the_same_seconds(tmp_path, model, data) -> None:
     asked = settings(model, data, tmp_path / "out", epochs=1000)
     found = compare(asked, ["head", "houlsby[size=2]"], seeds=1, factors=(1,), minutes=0.12)

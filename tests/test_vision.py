@@ -406,4 +406,4 @@ def test_pictures_are_not_for_models_of_text(data: str, tmp_path: Path) -> None:
 
     text = saved_encoder(tmp_path / "bert")
     line = refused("train", "--model", text, "--data", data, "--output", tmp_path / "out", "--image-column", "image")
-    assert "a column of pictures belongs to the task 'classify' of pictures, not to 'classify'" in line
+    assert "a column of pictures belongs to the tasks 'generate', 'classify' of pictures, not to 'classify'" in line

@@ -180,6 +180,7 @@ print(peak_mb() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is reset on Linux alone")
+@pytest.mark.slow
 def test_peak_memory_is_less_than_half_of_loras() -> None:
     """Each measured in a process of its own."""
 

@@ -180,7 +180,8 @@ def _prompts(examples: Sequence[Example]) -> tuple[list[Example], list[list[str]
     asked: dict[Any, Example] = {}
     references: dict[Any, dict[str, None]] = {}
     for example in examples:
-        prompt = (*prompt_of(example), None if example.image is None else example.image.key)
+        picture = getattr(example, "image", None)
+        prompt = (*prompt_of(example), None if picture is None else picture.key)
         asked.setdefault(prompt, example)
         references.setdefault(prompt, {}).update(dict.fromkeys(example.target))  # type: ignore[arg-type]
     return list(asked.values()), [list(own) for own in references.values()]
