@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +46,17 @@ def read(part: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The pictures [N, 28, 28] and labels [N] of `train` or `t10k`."""
     if not HOME.is_dir():
         raise SystemExit(f"there is no folder {HOME}; apt-get install dataset-fashion-mnist, or set FASHION_MNIST")
-    return _idx(HOME / f"{part}-images-idx3-ubyte.gz"), _idx(HOME / f"{part}-labels-idx1-ubyte.gz")
+    return idx(HOME / f"{part}-images-idx3-ubyte.gz"), idx(HOME / f"{part}-labels-idx1-ubyte.gz")
 
 
-def _idx(file: Path) -> NDArray[np.uint8]:
-    data = gzip.decompress(file.read_bytes())
-    dimensions = data[3]
-    shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+def idx(file: Path) -> NDArray[np.uint8]:
+    """An array in MNIST's format: two zeros, the type (8: bytes), the number of axes, their lengths, the values."""
+    content = gzip.decompress(file.read_bytes())
+    if content[:3] != b"\0\0\x08":
+        raise SystemExit(f"{file} holds no bytes in MNIST's format")
+    axes = content[3]
+    shape = np.frombuffer(content, ">u4", axes, 4)
+    return np.frombuffer(content, np.uint8, -1, 4 + 4 * axes).reshape(tuple(int(one) for one in shape))
 
 
 def train_vit(cell: ViT, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import gzip
 import hashlib
 import io
 import shutil
@@ -33,11 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.cells import Clock, run_all
+from benchmarks.fashion import read as read_fashion
 from benchmarks.pages import fill, header, row
 from trimtab.cells import Figures, known, write
 
 ROOT = Path(__file__).resolve().parent.parent
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 SIZE = 28
 SHAPE: dict[str, Any] = dict(
     hidden_size=96, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4, image_size=SIZE, patch_size=7
@@ -123,24 +122,6 @@ class Pretraining:
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
-def fashion(part: str) -> tuple[Pictures, NDArray[np.uint8]]:
-    """The pictures [n, 28, 28] and classes of "train" or "t10k", in the files' order."""
-    if not FASHION.is_dir():
-        raise SystemExit("Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist")
-    return idx(FASHION / f"{part}-images-idx3-ubyte.gz"), idx(FASHION / f"{part}-labels-idx1-ubyte.gz")
-
-
-def idx(file: Path) -> NDArray[np.uint8]:
-    """An array in MNIST's format: two zeros, the type (8: bytes), the number of axes, their lengths, the values."""
-    with gzip.open(file) as opened:
-        content = opened.read()
-    if content[:3] != b"\0\0\x08":
-        raise SystemExit(f"{file} holds no bytes in MNIST's format")
-    axes = content[3]
-    shape = np.frombuffer(content, ">u4", axes, 4)
-    return np.frombuffer(content, np.uint8, -1, 4 + 4 * axes).reshape(tuple(int(one) for one in shape))
-
-
 def digits() -> tuple[Pictures, NDArray[np.uint8]]:
     """scikit-learn's handwritten digits [1797, 8, 8], light on dark like Fashion-MNIST, shuffled once."""
     from sklearn.datasets import load_digits
@@ -215,7 +196,7 @@ def pretrain(folder: Path, plan: Pretraining) -> Figures:
         transformers.ViTModel(transformers.ViTConfig(**SHAPE), add_pooling_layer=False).save_pretrained(start)
         tables = {}
         for side, part, most in (("train", "train", plan.train), ("test", "t10k", plan.test)):
-            pictures, classes = fashion(part)
+            pictures, classes = read_fashion(part)
             tables[side] = save_table(Path(work, f"{side}.parquet"), pictures[:most], classes[:most])
         settings = tt.TrainSettings(
             start, tables["train"], str(learned), method="full", task="classify", epochs=plan.epochs, lr=plan.lr,

@@ -255,12 +255,31 @@ def test_a_fault_in_one_run_is_logged_and_the_rest_goes_on(tmp_path, model, data
         ("--lr-factors", "1,two", "--lr-factors must be numbers"),
         ("--lr-factors", "0", "numbers above 0"),
         ("--label-column", "lable", "did you mean 'label'?"),
+        (
+            "--methods",
+            "head,llama-adapter[image=eye]",
+            "llama-adapter[image=eye] looks at pictures; use trimtab train",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, model, data, option, value, said) -> None:
     given = {"--model": model, "--data": data, "--methods": "head", "--output": str(tmp_path / "out")}
     given |= {"--max-length": "32", "--eval-share": "0.2", option: value}
     assert said in refused("compare", *(word for pair in given.items() for word in pair))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vision_model_is_not_compared(tmp_path) -> None:
+    from PIL import Image
+
+    from pictures_by_hand import save_vit
+
+    vit = save_vit(tmp_path / "vit")
+    for label in ("dark", "light"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8), 255 * (label == "light")).save(tmp_path / "data" / label / "1.png")
+    with pytest.raises(UserError, match="a vision model looks at pictures; use trimtab train"):
+        compare(tt.TrainSettings(vit, str(tmp_path / "data"), str(tmp_path / "out")), ["head"])
     assert not (tmp_path / "out").exists()
 
 

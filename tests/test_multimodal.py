@@ -422,3 +422,12 @@ def test_other_encoders(name: str, look: str, tmp_path: Path) -> None:
         found = model(**batch, images=shown).logits
         assert torch.allclose(fresh(**batch, images=shown).logits, found, atol=1e-8)
         assert (model(**batch, images=shown[::-1]).logits[0] - found[0]).abs().max() > 1e-4
+
+
+def test_a_trainer_does_not_load_the_encoder_again(vit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trimtab.sight as module
+
+    model, adapter = attached("llama", method(vit), torch.float32)
+    monkeypatch.setattr(module, "load_vision_encoder", lambda source: pytest.fail("loaded a second time"))
+    arguments = tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    tt.Trainer(model, arguments, adapter=adapter, train_dataset=[], pad_id=0)

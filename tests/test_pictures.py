@@ -14,7 +14,7 @@ import transformers as hf
 from PIL import Image
 
 from trimtab.errors import UserError
-from trimtab.pictures import digest, located, picture_of, read_picture
+from trimtab.pictures import digest, located, read_picture, value_in
 from trimtab.processor import default_processor, load_processor
 
 SIZES: dict[str, Any] = dict(
@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, said: st
 )
 def test_a_row_without_a_picture_is_one_sentence(row: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        picture_of(row, "image")
+        read_picture(value_in(row, "image"))
 
 
 def test_relative_paths_start_at_the_file_that_names_them(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_a_column_of_images_is_not_decoded_before_its_row_is_known(tmp_path: Pat
     pictures = [{"bytes": png(noise()), "path": None}, {"bytes": b"broken", "path": None}]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     rows = located(datasets.Dataset.from_dict({"image": pictures, "label": ["x", "y"]}, features), "image", None)
-    assert picture_of(rows[0], "image").size == (12, 20)
+    assert read_picture(value_in(rows[0], "image")).size == (12, 20)
     with pytest.raises(UserError, match="cannot be read as a picture"):
-        picture_of(rows[1], "image")
+        read_picture(value_in(rows[1], "image"))
 
 
 # How a model sees them

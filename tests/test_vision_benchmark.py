@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import benchmarks.vision as module
+from benchmarks.fashion import idx
 from benchmarks.pages import fill
-from benchmarks.vision import ROOT, Cell, best_of, chosen, digits, goal_lines, idx, planned, report, run_plan, sides
+from benchmarks.vision import ROOT, Cell, best_of, chosen, digits, goal_lines, planned, report, run_plan, sides
 from trimtab.cells import keep, known
 from trimtab.data import load_rows
 

@@ -235,7 +235,10 @@ command("train")(train)
 
 # -- compare ------------------------------------------------------------------------------------------------------
 
-_NOT_COMPARED = ("method", "lr", "name", "resume", "overwrite", "save_steps", "cache", "report_to")
+_NOT_COMPARED = (
+    *("method", "lr", "name", "resume", "overwrite", "save_steps", "cache", "report_to"),
+    *("image_column", "stage_column"),
+)
 """Settings that a comparison chooses or has no use for."""
 
 

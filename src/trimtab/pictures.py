@@ -30,11 +30,6 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError
 _TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
-def picture_of(row: Mapping[str, Any], column: str, folder: Path | None = None) -> Image.Image:
-    """The picture in a row's column, RGB; see `read_picture`. Raises UserError for a column that does not exist."""
-    return read_picture(value_in(row, column), folder)
-
-
 def value_in(row: Mapping[str, Any], column: str) -> Any:
     """What stands in a row's column of pictures. Raises UserError for no such column, and for nothing in it."""
     try:

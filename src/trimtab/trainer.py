@@ -35,6 +35,7 @@ from trimtab.head import align_labels
 from trimtab.methods.spec import format_method
 from trimtab.objectives import PER, Objective, count, objective_of
 from trimtab.prefix_share import shared_prefix
+from trimtab.sites import HeadSite
 from trimtab.snapshots import ABOUT, WEIGHTS, building, checkpoint_path, last_checkpoint, read_about, rotate, sweep
 from trimtab.stages import NAME as STAGES
 from trimtab.stages import by_stage, training_only
@@ -440,9 +441,10 @@ class Trainer(transformers.Trainer):
 
 def _check_trains(adapter: Adapter) -> None:
     """Raises UserError for a form that is only saved and loaded, as a mask's bits."""
-    method, model = cast(Any, adapter.method), cast(Any, adapter.model)
+    method, entry = cast(Any, adapter.method), adapter._entry
     saved = hasattr(method, "folded") and method.folded() == method
-    if saved and method.parameter_count(model.trimtab.sites) == 0:
+    own = [entry.parts[site.key] for site in entry.sites if not isinstance(site, HeadSite)]
+    if saved and not any(True for part in own for _ in part.parameters()):
         raise UserError(f"{format_method(method)} is the form that is saved, in which nothing is trained")
 
 

@@ -138,6 +138,12 @@ def read_methods(methods: Sequence[Any]) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def members_of(text: str) -> tuple[Any, ...]:
+    """The single methods of a method's string."""
+    method: Any = parse_method(text)
+    return tuple(getattr(method, "methods", (method,)))
+
+
 def check_numbers(seeds: int, minutes: float | None, dev_share: float, factors: Sequence[float]) -> None:
     """Raises UserError for numbers that mean nothing."""
     if seeds < 1:

@@ -30,6 +30,7 @@ from trimtab.comparison.plan import (
     Scored,
     check_dev_rows,
     check_numbers,
+    members_of,
     read_methods,
     slug,
 )
@@ -79,6 +80,7 @@ def compare(
     check_numbers(seeds, minutes, dev_share, factors)
     texts = read_methods(methods)
     source = find_task(settings)
+    check_texts(source, texts)
     objective = check_objective(source.task, objective)
     settings = dataclasses.replace(settings, lr=None, method="lora", max_length=_longest(settings, texts))
     plan = Plan(settings, texts, seeds, objective, tuple(factors), minutes)
@@ -94,6 +96,14 @@ def compare(
         found = conclude(plan, outcomes, walk.base, rows, bench)
     write_report(found)
     return found
+
+
+def check_texts(source: Source, methods: Sequence[str]) -> None:
+    """Raises UserError for models and methods that look at pictures, whose rows are not kept as text."""
+    looking = [text for text in methods for one in members_of(text) if getattr(one, "image", None) is not None]
+    if source.kind == "vision" or looking:
+        what = looking[0] if looking else "a vision model"
+        raise UserError(f"a comparison is of methods on texts so far, and {what} looks at pictures; use trimtab train")
 
 
 def check_objective(task: Task, objective: str | None) -> str:

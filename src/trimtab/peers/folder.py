@@ -68,14 +68,6 @@ class Folder:
             raise UserError(_without_weights(path, library))
         return cls(path, config, tensors)
 
-    def below(self, config: Any, key: str) -> Folder:
-        """The same tensors under a configuration that is nested in this one."""
-        if not isinstance(config, dict):
-            raise self.wrong(key, config, "an object")
-        nested = Folder(self.path, config, {})
-        nested.tensors = self.tensors
-        return nested
-
     def take(self, key: str) -> torch.Tensor:
         """A tensor, which is then used up. Raises UserError where there is none."""
         if key not in self.tensors:

@@ -27,16 +27,14 @@ class Found:
     """The method that does the same."""
     state: dict[str, torch.Tensor]
     """Its tensors by our names; those that are not here stay at a start that changes nothing."""
-    labels: tuple[str, ...] = ()
-    """The classes' names, where the folder has them."""
 
     def classes(self, adapter: Adapter) -> tuple[str, ...]:
-        """The classes of the folder's head, if it has another number of them or other names than the model's own."""
+        """Names for the classes of the folder's head, which has none, if their number is not the model's own."""
         last = [one for key, one in self.state.items() if key.startswith("head_") and key.endswith("weight")]
         own = adapter._entry.labels
-        if not last or (len(own) == last[-1].shape[0] and not self.labels):
+        if not last or len(own) == last[-1].shape[0]:
             return ()
-        return self.labels or tuple(f"LABEL_{index}" for index in range(last[-1].shape[0]))
+        return tuple(f"LABEL_{index}" for index in range(last[-1].shape[0]))
 
 
 @dataclass(frozen=True)
@@ -123,13 +121,13 @@ def head_parts(adapter: Adapter) -> list[tuple[HeadSite, nn.Module]]:
     return [(site, entry.parts[site.key].copy) for site in entry.sites if isinstance(site, HeadSite)]
 
 
-def only_method(method: Any, library: str) -> tuple[Any, bool]:
-    """The method beside a trained head, and whether there is one. Raises UserError for other unions."""
+def only_method(method: Any, library: str) -> Any:
+    """The method beside a trained head. Raises UserError for other unions."""
     members = list(getattr(method, "methods", (method,)))
     rest = [one for one in members if one.name != "head"]
     if len(rest) > 1:
         raise UserError(f"{library} has no adapter of several methods; this one is {method.name}")
-    return (rest[0] if rest else method), len(rest) < len(members)
+    return rest[0] if rest else method
 
 
 def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, Generate, Regress, Tag, Choose)}
-PICTURES: dict[str, Any] = {ClassifyPictures.name: ClassifyPictures}
+PICTURES: dict[str, type[Task]] = {ClassifyPictures.name: ClassifyPictures}
 """What the tasks of these names are for a vision model."""
 
 

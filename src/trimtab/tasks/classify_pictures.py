@@ -64,6 +64,7 @@ class ClassifyPictures:
     head: ClassVar[str | None] = "pictures"
     takes: ClassVar[frozenset[str]] = frozenset({"image_column"})
     writes: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "mcc", "loss")
 
     @classmethod
     def prepare(cls, rows: Rows, kind: str, wishes: Wishes) -> ClassifyPictures:

@@ -32,7 +32,6 @@ TASKS = {  # in peft's words, by the endings of transformers' class names
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-LANGUAGE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
@@ -59,7 +58,7 @@ def write(adapter: Adapter, folder: Path) -> Path:
     from trimtab.checkpoint import atomic_write, write_json
 
     form = acting(adapter)
-    method, _ = only_method(form.method, "peft")
+    method = only_method(form.method, "peft")
     kind = next((one for one in KINDS.values() if method.name in one.methods), None)
     if kind is None:
         able = sorted(name for one in KINDS.values() for name in one.methods)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.errors import UserError
 from trimtab.methods import Prompt, PTuning
 from trimtab.peers.folder import Folder
@@ -14,9 +12,9 @@ from trimtab.peers.peft.tokens import EMBEDDINGS, check_leads, only_part, reads_
 def read(folder: Folder, place: Model) -> Found:
     """Without its network it is `prompt` where peft reads a class off its first token: P-tuning has no such option."""
     site, tokens = take_tokens(folder, place)
-    method: Any = PTuning(len(tokens), encoder="none", place="front")
     if reads_first(place.model):
         return Found(Prompt(len(tokens), init="random", leads=True), {f"{site.key}.tokens": tokens})
+    method = PTuning(len(tokens), encoder="none", place="front")
     return Found(method, {f"{site.key}.source.tokens": tokens})
 
 
