@@ -142,22 +142,29 @@ class Frame:
         """Each row's place and number of states, which stand one row after the other where `mask` is true."""
         self.index = None if mask is None or mask.all() else mask.flatten().nonzero().squeeze(1)
         """Where they stand among all positions; None where they are all."""
-        self.known: tuple[Tensor, ...] | None = None
-        """Of each kept layer the states [N, width] of all rows, where they are known."""
+        self.known: list[Tensor] | None = None
+        """Each row's states of all kept layers, side by side [n, layers · width], where they are known."""
         self.made: list[Tensor] = []
-        """What the kept layers gave in this forward [B, n, width], where they are not."""
+        """What the kept layers gave in this forward, all rows one after the other [N, width], where they are not."""
 
-    def padded(self, states: Tensor, like: Tensor) -> Tensor:
-        """States [N, width] as [B, n, width], 0 where there is padding."""
-        states = states.to(like)
+    def padded(self, number: int, like: Tensor) -> Tensor:
+        """The known states of the kept layer `number` as [B, n, width], 0 where there is padding."""
+        assert self.known is not None
+        width = like.shape[-1]
+        states = torch.cat([row[:, number * width : (number + 1) * width] for row in self.known]).to(like)
         if self.index is None:
             return states.reshape(like.shape)
         return torch.zeros_like(like).flatten(0, 1).index_copy_(0, self.index.to(like.device), states).view(like.shape)
 
-    def rows(self, states: Tensor) -> Iterator[tuple[Place, Tensor]]:
-        """Each row's place and own states [n, width], out of [B, n, width]."""
-        own = states.flatten(0, 1) if self.mask is None else states[self.mask]
-        yield from zip(self.places, own.split(self.sizes or own.shape[0] // len(self.places)), strict=True)
+    def note(self, states: Tensor) -> None:
+        """What the next kept layer gave [B, n, width]."""
+        self.made.append(states.flatten(0, 1) if self.mask is None else states[self.mask])
+
+    def rows(self) -> Iterator[tuple[Place, Tensor]]:
+        """Each row's place and what the kept layers gave it, side by side [n, layers · width]."""
+        layers = [own.split(self.sizes or own.shape[0] // len(self.places)) for own in self.made]
+        for place, *row in zip(self.places, *layers, strict=True):
+            yield place, torch.cat(row, dim=-1)
 
 
 class Trunk:
@@ -182,7 +189,7 @@ class Trunk:
         if frame is not None and self.tuples is not None and self._skipped():
             known = [self.store.get(*place) for place in frame.places]
             if all(one is not None for one in known):
-                frame.known = torch.cat(known).chunk(len(self.kept), dim=-1)  # type: ignore[arg-type]
+                frame.known = known  # type: ignore[assignment]
         self.frames.append(frame)
 
     def _skipped(self) -> bool:
@@ -201,9 +208,9 @@ class Trunk:
         frame = self.frame
         if frame is None or frame.known is not None:
             return
-        frame.made.append(states)
+        frame.note(states)
         if at == self.kept[-1]:
-            for place, own in frame.rows(torch.cat(frame.made, dim=-1)):
+            for place, own in frame.rows():
                 self.store.put(*place, own)
             frame.made.clear()
 
@@ -215,7 +222,7 @@ class Trunk:
         frame = self.frame
         if frame is None or frame.known is None:
             return None
-        return frame.padded(frame.known[self.kept.index(at)], like) if at in self.kept else like
+        return frame.padded(self.kept.index(at), like) if at in self.kept else like
 
     def _frame(self, given: dict[str, Any]) -> Frame | None:
         if any(given.get(name) is True for name in _ASKING) or self.attachments.active not in (None, self.name):

@@ -86,7 +86,7 @@ class Store:
         return states[start - begin :]
 
     def put(self, key: str, start: int, states: Tensor) -> None:
-        """Keep the states [n, width] of a row from position `start` on."""
+        """Keep the states [n, width] of a row from position `start` on; nobody may change them afterwards."""
         size = states.numel() * states.element_size()
         begin = (self.memory.get(key) or self.places.get(key) or (None,))[0]
         if self.full or (begin is not None and begin <= start):
@@ -95,7 +95,8 @@ class Store:
             before = self.memory.pop(key)[1]
             self.used -= before.numel() * before.element_size()
         if self.folder is None and self.used + size <= self.budget:
-            self.memory[key] = (start, states.detach().to("cpu", copy=True))
+            alone = states.untyped_storage().nbytes() == size  # a part would keep the whole in memory
+            self.memory[key] = (start, states.detach().to("cpu", copy=not alone))
             self.used += size
             return
         try:
