@@ -466,11 +466,9 @@ def test_embeddings_in_place_of_ids() -> None:
 @torch.no_grad()
 def test_hidden_states_are_the_bases_and_the_last_is_what_leaves(method: str, family: str) -> None:
     """Of a bare model: what transformers records has none of the layers beside the base among it."""
-    bare: Any = {"clip_vision_model": lambda model: model}.get(family, lambda model: model.base_model)(tiny(family))
     batch, asked = inputs(family), {"output_hidden_states": True, "output_attentions": family == "distilbert"}
-    bare.set_attn_implementation("eager")
-    plain = bare(**batch, **asked)
-    adapter = tt.attach(bare, method.format(small=small_model(family)))
+    plain, bare = (_bare(family)(**batch, **asked), _bare(family))
+    tt.attach(bare, method.format(small=small_model(family)))  # before it is first asked: then its layers get hooks
     found = bare(**batch, **asked)
     assert len(found.hidden_states) == len(plain.hidden_states)
     assert len(found.attentions or ()) == len(plain.attentions or ())
@@ -480,7 +478,13 @@ def test_hidden_states_are_the_bases_and_the_last_is_what_leaves(method: str, fa
     assert torch.equal(found.last_hidden_state, bare(**batch).last_hidden_state)
     ends = (found.last_hidden_state, plain.hidden_states[-1])  # vision models give the last layer's, before the norm
     assert any(torch.equal(found.hidden_states[-1], one) for one in ends)
-    adapter.detach()
+
+
+def _bare(family: str) -> Any:
+    model: Any = tiny(family)
+    model = model if family == "clip_vision_model" else model.base_model
+    model.set_attn_implementation("eager")
+    return model
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
