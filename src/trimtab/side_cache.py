@@ -59,7 +59,8 @@ def _extend_whole(cache: Cache, own: int, config: PreTrainedConfig) -> None:
             cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) > own:
         return
-    static = [layer.max_cache_len for layer in cache.layers if layer.is_compileable]
+    layers: list[Any] = list(cache.layers)
+    static = [layer.max_cache_len for layer in layers if layer.is_compileable]
     made = StaticCache(config, max_cache_len=max(static)) if static else DynamicCache(config=config)
     if any(getattr(layer, "record_past", False) for layer in cache.layers):
         made.activate_past_recording()
