@@ -32,7 +32,7 @@ ALPHA = 0.7
 
 def families(known: tuple[str, ...]) -> list[Any]:
     """One of each kind of layers, positions and masks; the others take their turn among the long tests."""
-    short = ("llama", "gpt2", "gemma3_text", "bloom", "bert", "roberta", "distilbert", "vit", "clip")
+    short = ("llama", "gpt2", "gemma3_text", "bloom", "bert", "roberta", "vit")
     return [one if one in short else pytest.param(one, marks=pytest.mark.slow) for one in known]
 
 
@@ -83,7 +83,7 @@ def _end(adapter: Any) -> Any:
     return adapter.model.trimtab.sites.states[0].end
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", families(ALL))
 @torch.no_grad()
 def test_the_small_model_by_itself_fused_by_hand(family: str) -> None:
     adapter, batch = beside(family), inputs(family, dtype=torch.float64)
@@ -260,7 +260,7 @@ def test_caches_grow_and_are_cut_with_the_base(configured: bool) -> None:
 # ---------------------------------------------------------------------------------------------------- savings
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "bert", "roberta", "vit"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "bert", "vit"])
 def test_with_the_trunk_cache_the_same_and_no_layer_of_the_base_is_run(family: str) -> None:
     adapter, batch = beside(family, dtype=torch.float32), inputs(family)
     run: list[int] = []
@@ -462,7 +462,9 @@ def test_embeddings_in_place_of_ids() -> None:
 
 
 @pytest.mark.parametrize("method", ["side[reduction=2]", "ladder[reduction=2]", "side[model={small}]"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "bert", "distilbert", "vit", "clip_vision_model"])
+@pytest.mark.parametrize(
+    "family", families(("llama", "mistral", "phi3", "bert", "distilbert", "vit", "clip_vision_model"))
+)
 @torch.no_grad()
 def test_hidden_states_are_the_bases_and_the_last_is_what_leaves(method: str, family: str) -> None:
     """Of a bare model: what transformers records has none of the layers beside the base among it."""
