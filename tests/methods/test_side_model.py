@@ -36,6 +36,11 @@ def families(known: tuple[str, ...]) -> list[Any]:
     return [one if one in short else pytest.param(one, marks=pytest.mark.slow) for one in known]
 
 
+def long(base: str, small: str) -> Any:
+    """A pair for the long tests."""
+    return pytest.param(base, small, marks=pytest.mark.slow)
+
+
 def beside(family: str, more: str = "", dtype: torch.dtype = torch.float64, small: str | None = None) -> Any:
     """An adapter with a small model on a tiny one, away from its start, and α away from 0."""
     torch.manual_seed(5)
@@ -207,7 +212,9 @@ def test_cached_generation_is_recomputed_generation(family: str) -> None:
     assert not torch.allclose(bare[0], generated(adapter, batch)[1][0], atol=1e-3)
 
 
-@pytest.mark.parametrize(("base", "small"), [("bloom", "gpt2"), ("gpt2", "llama"), ("llama", "gpt2"), ("opt", "bloom")])
+@pytest.mark.parametrize(
+    ("base", "small"), [("bloom", "gpt2"), ("llama", "gpt2"), long("gpt2", "llama"), long("opt", "bloom")]
+)
 @torch.no_grad()
 def test_another_family_beside_the_base_and_left_padding(base: str, small: str) -> None:
     """Positions and masks are the small model's own: a row's logits are those that it has without padding."""
@@ -224,7 +231,7 @@ def test_another_family_beside_the_base_and_left_padding(base: str, small: str) 
         torch.testing.assert_close(found[row : row + 1, -length:], single, rtol=0, atol=1e-4 if bloom else 1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_static_cache(family: str) -> None:
     for small in (family, "mistral"):
         adapter, batch = beside(family, small=small_model(small)), padded((7, 4, 2))
@@ -288,7 +295,7 @@ def _step(adapter: Any, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]
 
 @pytest.mark.parametrize(
     ("base", "small"),
-    [("llama", "llama"), ("gpt2", "gpt2"), ("llama", "mistral"), ("gpt2", "gemma2"), ("opt", "bloom")],
+    [("gpt2", "gpt2"), ("llama", "mistral"), ("opt", "bloom"), long("llama", "llama"), long("gpt2", "gemma2")],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_rows_and_a_shared_beginning(base: str, small: str, checkpointing: bool) -> None:
