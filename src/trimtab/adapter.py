@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,11 @@ def attach(
     Raises UserError for an unsupported family or pair, a target that matches nothing, a name that is taken, and a
     model wrapped in nn.DataParallel; then the model is as it was.
     """
+    return attach_in(Context(tokenizer, labels), model, method, name)
+
+
+def attach_in(context: Context, model: PreTrainedModel, method: Method | str, name: str) -> Adapter:
+    """`attach` with all that a method may ask for."""
     _check_model(model, name)
     chosen: Method = parse_method(method)
     first = not isinstance(getattr(model, "trimtab", None), Attachments)
@@ -396,7 +402,7 @@ def attach(
         _check_pair(attachments, chosen, name)
         if getattr(chosen, "whole_model", False):
             return _attach_whole(model, attachments, chosen, name)
-        parts = dict(_build(attachments, chosen, tokenizer, labels))
+        parts = dict(_build(attachments, chosen, context))
         if not getattr(chosen, "own_head", False):
             parts |= {site: ModuleCopy.of(site) for site in attachments.sites.task_head if site not in parts}
         attachments.add(Entry(name, chosen, parts, attachments).train(model.training))
@@ -448,13 +454,13 @@ def check_tensors(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
         raise UserError("the tensors do not fit the adapter: " + "; ".join(faults))
 
 
-def _build(attachments: Attachments, method: Method, tokenizer: Any, labels: Sequence[str]) -> Parts:
+def _build(attachments: Attachments, method: Method, context: Context) -> Parts:
     """The method's parts; what it asks of the base comes from the frozen base, whatever acts at present."""
     record = functools.partial(keys_and_values, attachments.sites, attachments.attention)
     before = attachments.active
     attachments.use(None)
     try:
-        return method.build(attachments.sites, Context(tokenizer, labels, record))
+        return method.build(attachments.sites, replace(context, record=record))
     finally:
         attachments.use(before)
 

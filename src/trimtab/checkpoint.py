@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from trimtab.adapter import Adapter, Entry, attach, folded_method, folded_parts
-from trimtab.contract import folded
+from trimtab.adapter import Adapter, Entry, attach_in, folded_method, folded_parts
+from trimtab.contract import Context, folded
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_from_dict, method_to_dict
 from trimtab.sites import HeadSite, task_heads
@@ -39,6 +39,8 @@ BITS = "bits"
 """The key under which the safetensors file says how many packed bits it holds."""
 ENCODER = "encoder"
 """The key under which the configuration says which vision encoder an adapter looks at pictures through."""
+SMALL = "small_model"
+"""The key under which the configuration says which small model an adapter brings, and how it is made."""
 _METHOD = "method"
 """The key under which the safetensors file says whose tensors it holds."""
 _SAMPLES = 1024  # elements of each tensor that enter the fingerprint
@@ -139,6 +141,7 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
         "method": method_to_dict(method),
         "base": describe_base(adapter.model),
         **describe_encoders(entry),
+        **describe_small(entry),
         "labels": list(entry.labels) if any(_is_task_head(site) for site in entry.sites) else None,
         "task": dict(task) if task is not None else None,
     }
@@ -179,6 +182,12 @@ def describe_encoders(entry: Entry) -> dict[str, Any]:
     """What the configuration says of the frozen encoder that the adapter looks at pictures through, if it does."""
     eyes: list[Any] = entry.eyes()
     return {ENCODER: eyes[0].sight.describe()} if eyes else {}
+
+
+def describe_small(entry: Entry) -> dict[str, Any]:
+    """What the configuration says of the small model that the adapter brings, if it does."""
+    found = [part.brings for part in entry.members() if getattr(part, "brings", None) is not None]
+    return {SMALL: found[0]} if found else {}
 
 
 def _save_whole(model: PreTrainedModel, folder: Path) -> None:
@@ -279,7 +288,8 @@ def load(
     if not force:
         _check_base(model, config, folder)
     shapes = getattr(method, "for_loading", lambda: method)()  # without what only the start needs: text, labels
-    adapter = attach(model, shapes, name or str(config.get("name") or "default"))
+    context = Context(brought=config.get(SMALL))
+    adapter = attach_in(context, model, shapes, name or str(config.get("name") or "default"))
     try:
         _check_encoder(adapter, config, folder, force)
         if labels:

@@ -377,6 +377,7 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "names": _NAMES | (_OF_PICTURES if pictures else {}),
         "pictures": pictures,
         "encoder": adapter.get("encoder") or {},
+        "small": adapter.get("small_model") or {},
         "asked": " ".join(_asked(task, pictures)),
         "merges": bool(methods) and all(one.mergeable for one in methods),
         "versions": run.get("versions") or {},
@@ -471,6 +472,9 @@ A small set of trained tensors for the frozen base model `{{ base }}`: {{ size_l
 | base model | `{{ base | cell }}` ({{ base_class }}, family {{ family }}) |
 {% if encoder %}
 | vision encoder | `{{ encoder.path | cell }}` ({{ encoder.class }}), frozen as well |
+{% endif %}
+{% if small %}
+| small model | `{{ small.path | cell }}` ({{ small.class }}), from whose weights the side network starts |
 {% endif %}
 | method | `{{ method | cell }}` |
 {% if task %}

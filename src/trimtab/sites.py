@@ -556,9 +556,13 @@ def layer_linears(stack: Stack, index: int, layer: nn.Module) -> list[LinearSite
 
 def _tokens_stand_alone(body: Module) -> bool:
     """Whether what the model makes of a text's first tokens does not depend on what follows them."""
+    return not reads_both_ways(body) and _rope_type(body) != "longrope"
+
+
+def reads_both_ways(body: Module) -> bool:
+    """Whether a model's configuration takes the causal mask away from a family that has one."""
     config = getattr(body, "config", None)
-    both_ways = getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False)
-    return not both_ways and _rope_type(body) != "longrope"
+    return getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False))
 
 
 def _rope_type(body: Module) -> str | None:
