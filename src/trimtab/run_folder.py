@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from trimtab import config
-from trimtab.checkpoint import CONFIG, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
+from trimtab.checkpoint import COMBINED, CONFIG, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_to_dict, parse_method
 from trimtab.models import portable, same_source
@@ -64,6 +64,8 @@ def _check_content(folder: Path, settings: TrainSettings) -> None:
         raise UserError(f"{folder} holds something already; choose another folder, or give --overwrite or --resume")
     if settings.resume and not _is_run_file(folder / RUN):
         raise UserError(f"{folder} has no {RUN} of an earlier run, so it cannot be resumed")
+    if settings.resume and COMBINED in read_object(folder / CONFIG):
+        raise UserError(f"{folder} is a sum of adapters, no run that could be resumed; choose another folder")
     if not is_ours(folder):
         raise UserError(f"{folder} holds files that trimtab did not write; choose another folder")
     for path in checkpoints(folder):
