@@ -165,7 +165,8 @@ def _hush_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     huggingface_hub.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.enable_progress_bars()
+    bars = huggingface_hub.utils
+    bars.enable_progress_bars() if sys.stderr.isatty() else bars.disable_progress_bars()
 
 
 def _show(table: Table) -> None:
@@ -587,6 +588,7 @@ def inspect_(
     from trimtab.report import findings, read_run, result_table, run_folders, runs_table, size_line, summary
 
     if not folder.exists():
+        _hush_libraries()
         from trimtab.hub import at_hand
 
         folder = at_hand(folder)

@@ -47,8 +47,13 @@ def check_push(repo: str, base: str, what: str = "--base OWNER/NAME") -> None:
     named = _ID.fullmatch(repo)
     if named is None or named["revision"]:
         raise UserError(f"{repo!r} is no name on the hub; it must be OWNER/NAME")
-    if not base.startswith("pkg:") and Path(base).expanduser().exists():
+    if _is_here(base):
         raise UserError(f"the base model is the folder {base}, which nobody else has; name it on the hub: {what}")
+
+
+def _is_here(base: str) -> bool:
+    """Whether a base model is a folder of this machine."""
+    return not base.startswith("pkg:") and Path(base).expanduser().exists()
 
 
 def push(folder: str | Path, repo: str, *, base: str | None = None, private: bool = False) -> str:

@@ -368,10 +368,7 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "papers": [_describe(one) for one in methods],
         "citations": [*dict.fromkeys(_citation(one) for one in methods if _papers([one]))],
         "combined": adapter.get("combined") or {},
-        "summands": [
-            f"{number(one['weight'])} · `{_cell(one['folder'])}`"
-            for one in (adapter.get("combined") or {}).get("of", ())
-        ],
+        "summands": [f"{number(one['weight'])} · `{_cell(one['folder'])}`" for one in _summands(adapter)],
         "findings": findings(facts),
         "whole_model": _is_whole(adapter.get("method")),
         "task": task,
@@ -439,6 +436,11 @@ def _citation(method: Any) -> str:
     """The paper that a method's file begins with: title, authors, year and source."""
     first = (inspect.getdoc(inspect.getmodule(type(method))) or "").partition("\n\n")[0]
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", " ".join(first.split()))
+
+
+def _summands(adapter: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The adapters that one is the sum of."""
+    return list((adapter.get("combined") or {}).get("of") or ())
 
 
 def _asked(task: dict[str, Any], pictures: bool) -> Iterator[str]:

@@ -87,12 +87,15 @@ def _is_adapter_file(path: Path) -> bool:
 
 
 def check_resume(folder: Path, settings: TrainSettings) -> None:
-    """Raises UserError where a run is to be resumed with other settings than it began with."""
+    """Raises UserError where a run is to be resumed with other settings than it began with.
+
+    The learning rate may change: one that made numbers explode is of no use any more.
+    """
     if not settings.resume or not (folder / RUN).is_file():
         return
     began, now = read_run_settings(folder), settings_to_dict(settings)
     for key in [*now, *began]:
-        if key not in ("output", "cache", "cache_memory") and began.get(key) != now.get(key):
+        if key not in ("output", "cache", "cache_memory", "lr") and began.get(key) != now.get(key):
             raise UserError(
                 f"the run in {folder} began with {key}={began.get(key)!r}, not {now.get(key)!r}; "
                 "resume it with the same settings"
