@@ -18,6 +18,8 @@ from trimtab.merging import PROBE, TOLERANCE, merge_run
 from trimtab.methods.spec import parse_method
 from trimtab.models import load_model, load_tokenizer
 from trimtab.tasks.generate import Generate
+from trimtab.train import TrainSettings, fine_tune
+from trimtab.tuned import _held_out_rows, load_run
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,12 @@ def _plain(folder: Path) -> torch.Tensor:
 
 
 MERGING = [one for one in STRINGS if parse_method(one).mergeable and parse_method(one).name != "head"]
-OTHERS = [one for one in STRINGS if one not in MERGING and not one.startswith(("full", "head"))]
+SMALL = {
+    "houlsby": "houlsby[size=4]",
+    "autoprompt": "autoprompt[length=4,ids=5,9,11,3]",
+    "ladder": "ladder[reduction=2]",
+}
+OTHERS = [SMALL.get(name, name) for name, method in tt.METHODS.items() if not method.mergeable and name != "full"]
 
 
 @pytest.mark.parametrize("method", MERGING)
@@ -69,8 +76,6 @@ def test_every_method_that_merges(method: str, base: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_every_other_method_is_refused(method: str, base: str, tmp_path: Path) -> None:
-    if not tt.attach(load_model(base, "causal"), "head").model:
-        raise AssertionError
     _adapter(base, method, tmp_path / "out")
     said = refused("merge", tmp_path / "out", "--output", tmp_path / "merged")
     assert "cannot be merged: it is no change of the base's weights" in said and not (tmp_path / "merged").exists()
@@ -130,25 +135,19 @@ def test_refuses(flags: list[str], words: str, base: str, tmp_path: Path) -> Non
 
 @pytest.mark.real
 @_absent(BERT, "evals")
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_bert_tiny_merged_is_as_accurate_as_the_adapter(dtype: str | None, tmp_path: Path) -> None:
-    from trimtab.train import TrainSettings, evaluate_run, fine_tune
-
-    columns: dict[str, Any] = {"text_column": "input.-1.content", "label_column": "ideal"}
-    sizes: dict[str, Any] = {"limit": 600, "eval_limit": 300, "epochs": 1, "max_length": 64}
-    out = str(tmp_path / "out")
-    fine_tune(TrainSettings(model="pkg:cognition/model", data=SARCASM, output=out, **columns, **sizes), show=False)
-    merge_run(out, tmp_path / "merged", dtype=dtype)
-    model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype="float32")
-    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    from trimtab.tuned import _held_out_rows, load_run
-
-    run = load_run(out)
-    rows = _held_out_rows(Path(out), run.task)
-    names, right = model.config.id2label, 0
-    for row in rows:
-        batch = tokenizer(row["input"][-1]["content"], return_tensors="pt", truncation=True, max_length=64)
-        with torch.no_grad():
-            right += names[int(model.eval()(**batch).logits.argmax())] == str(row["ideal"])
-    accuracy = evaluate_run(out, show=False)["accuracy"]
-    assert right / len(rows) == pytest.approx(accuracy, abs=1e-9 if dtype is None else 0.01)
+def test_bert_tiny_merged_is_as_accurate_as_the_adapter(tmp_path: Path) -> None:
+    out, columns = tmp_path / "out", {"text_column": "input.-1.content", "label_column": "ideal"}
+    sizes: dict[str, Any] = {"limit": 400, "eval_limit": 200, "eval_share": 0.5, "epochs": 1, "max_length": 64}
+    given: Any = {**columns, **sizes, "model": "pkg:cognition/model", "data": SARCASM}
+    accuracy = fine_tune(TrainSettings(**given, output=str(out)), show=False)["after"]["accuracy"]
+    rows = _held_out_rows(out, load_run(out).task)
+    for dtype in (None, "bfloat16"):
+        merged = tmp_path / str(dtype)
+        merge_run(out, merged, dtype=dtype)
+        model = hf.AutoModelForSequenceClassification.from_pretrained(merged, dtype="float32")
+        tokenizer, right = hf.AutoTokenizer.from_pretrained(merged), 0
+        for row in rows:
+            batch = tokenizer(row["input"][-1]["content"], return_tensors="pt", truncation=True, max_length=64)
+            with torch.no_grad():
+                right += model.config.id2label[int(model(**batch).logits.argmax())] == str(row["ideal"])
+        assert right / len(rows) == pytest.approx(accuracy, abs=0.02 if dtype else 1e-9)

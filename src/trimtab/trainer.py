@@ -448,7 +448,8 @@ class Trainer(transformers.Trainer):
             return
         schedule: Any = self.lr_scheduler
         schedule = getattr(schedule, "scheduler", schedule)  # inside accelerate's
-        schedule.base_lrs = [rate * ratio for rate in schedule.base_lrs]
+        for name in ("base_lrs", "_last_lr"):
+            setattr(schedule, name, [rate * ratio for rate in getattr(schedule, name)])
         for group in cast(Any, self.optimizer).param_groups:
             group["lr"] *= ratio
             group["initial_lr"] *= ratio
