@@ -57,7 +57,7 @@ def _plain(folder: Path) -> torch.Tensor:
 MERGING = [one for one in STRINGS if parse_method(one).mergeable and parse_method(one).name != "head"]
 SMALL = {
     "houlsby": "houlsby[size=4]",
-    "autoprompt": "autoprompt[length=4,ids=5,9,11,3]",
+    "autoprompt": "autoprompt[length=4,text=abcd]",
     "ladder": "ladder[reduction=2]",
 }
 OTHERS = [SMALL.get(name, name) for name, method in tt.METHODS.items() if not method.mergeable and name != "full"]

@@ -53,7 +53,8 @@ def check_push(repo: str, base: str, what: str = "--base OWNER/NAME") -> None:
 
 def _is_here(base: str) -> bool:
     """Whether a base model is a folder of this machine."""
-    return not base.startswith("pkg:") and Path(base).expanduser().exists()
+    path = Path(base).expanduser()
+    return not base.startswith("pkg:") and (path.is_absolute() or path.exists())
 
 
 def push(folder: str | Path, repo: str, *, base: str | None = None, private: bool = False) -> str:

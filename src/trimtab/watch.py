@@ -103,8 +103,8 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
 class Guard(TrainerCallback):
     """Stops before a non-finite loss or gradient reaches the weights.
 
-    A checkpoint is good once a step's loss with its tensors was finite. One that gives a non-finite loss is deleted, so
-    that a run goes on from the one before.
+    A checkpoint is good once a step's loss and gradient with its tensors were finite. One that gives others is deleted,
+    so that a run goes on from the one before.
     """
 
     meter: Meter
@@ -123,8 +123,6 @@ class Guard(TrainerCallback):
             return
         loss = float(self.meter.loss)
         if not math.isfinite(loss):
-            if args.output_dir and state.is_world_process_zero:
-                remove(checkpoint_path(args.output_dir, state.global_step))
             self._stop(f"the loss became {loss}", args, state)
         norm = float(torch.nn.utils.get_total_norm(self.gradients()))
         if not math.isfinite(norm):
@@ -132,6 +130,8 @@ class Guard(TrainerCallback):
         self.proven()
 
     def _stop(self, what: str, args: TrainingArguments, state: TrainerState) -> None:
+        if args.output_dir and state.is_world_process_zero:
+            remove(checkpoint_path(args.output_dir, state.global_step))
         good = last_checkpoint(args.output_dir) if args.output_dir else None
         kept = f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
         step, lr = state.global_step + 1, self.meter.lr
