@@ -272,6 +272,6 @@ def test_a_loss_that_is_not_finite_leaves_no_results(
 ) -> None:
     compute = Trainer.compute_loss
     monkeypatch.setattr(Trainer, "compute_loss", lambda *a, **k: compute(*a, **k) * float("inf"))
-    with pytest.raises(UserError, match=r"the loss became inf at step 1 \(learning rate .*no checkpoint yet"):
+    with pytest.raises(UserError, match=r"the loss became inf at step 1 \(learning rate .*no good checkpoint yet"):
         fine_tune(settings(bases["encoder"], data, tmp_path / "out"))
     assert not (tmp_path / "out" / "metrics.json").exists()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trimtab.adapter import Adapter, adapters, attach
     from trimtab.bank import Bank
     from trimtab.checkpoint import load
+    from trimtab.combining import combine
     from trimtab.comparison.results import Comparison
     from trimtab.comparison.steps import compare
     from trimtab.contract import Method
@@ -51,6 +52,7 @@ _HOME = {
     "Adapter": "adapter",
     "adapters": "adapter",
     "attach": "adapter",
+    "combine": "combining",
     "convert": "conversion",
     "Bank": "bank",
     "Comparison": "comparison.results",
@@ -98,6 +100,7 @@ __all__ = [
     "UserError",
     "adapters",
     "attach",
+    "combine",
     "compare",
     "convert",
     "evaluate_run",

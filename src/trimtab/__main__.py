@@ -47,7 +47,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of `trimtab train`.", show_default=False)]
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="Output folder of `trimtab train`, or OWNER/NAME[@REVISION] on the hub.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 NewTokens = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Tokens to generate at most; default: as the run.")
@@ -160,7 +165,8 @@ def _hush_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     huggingface_hub.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.enable_progress_bars()
+    bars = huggingface_hub.utils
+    bars.enable_progress_bars() if sys.stderr.isatty() else bars.disable_progress_bars()
 
 
 def _show(table: Table) -> None:
@@ -186,14 +192,20 @@ def train(run_file: Path | None, assignments: list[str] | None, **flags: Any) ->
     from trimtab.config import resolve
     from trimtab.report import findings, read_run, result_table, size_line
 
+    repo = flags.pop("push")
     settings = resolve(run_file or _begun(flags), assignments or (), flags)
     _hush_libraries()
+    from trimtab.hub import check_push, push
     from trimtab.train import fine_tune
 
+    if repo is not None:
+        check_push(repo, settings.model, f"train without --push, then trimtab push {settings.output} {repo} --base …")
     fine_tune(settings)
     facts = read_run(settings.output)
     _show(result_table(facts))
     print(*findings(facts), size_line(facts), settings.output, sep="\n")
+    if repo is not None:
+        print(push(settings.output, repo))
 
 
 def _begun(flags: dict[str, Any]) -> Path | None:
@@ -210,10 +222,14 @@ def _train_parameters() -> list[inspect.Parameter]:
     pairs = Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
     ]
+    repo = Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Put the result on the Hugging Face Hub, with its card.")
+    ]
     return [
         _optional("run_file", file),
         *(_optional(name, _option_of(name, text)) for name, text in field_docs(TrainSettings).items()),
         _optional("assignments", pairs),
+        _optional("push", repo),
     ]
 
 
@@ -260,18 +276,18 @@ def compare(**flags: Any) -> None:
     from trimtab.comparison.report import REPORT, failures, table
     from trimtab.comparison.steps import compare as run
 
-    found = run(settings, listed, factors=_factors(factors), **own)
+    found = run(settings, listed, factors=_numbers("--lr-factors", factors), **own)
     _show(table(found))
     for line in failures(found):
         print(f"failed  {line}")
     print(found.recommendation, Path(found.folder) / REPORT, sep="\n")
 
 
-def _factors(text: str) -> list[float]:
+def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--lr-factors must be numbers with commas between them, not {text!r}") from None
+        raise UserError(f"{option} must be numbers with commas between them, not {text!r}") from None
 
 
 def _compare_parameters() -> list[inspect.Parameter]:
@@ -388,21 +404,61 @@ def generate(
 
 @command("merge")
 def merge(
-    folder: Folder,
-    output: Annotated[
-        Path, typer.Option(metavar="DIR2", help="Folder to write the merged model into.", show_default=False)
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR…", help="One output folder, or several LoRA adapters to sum.", show_default=False),
     ],
+    output: Annotated[Path, typer.Option(metavar="DIR2", help="Folder to write into.", show_default=False)],
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="float32, float16 or bfloat16 for the merged weights; default: the run's."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest file of the merged model, e.g. 5GB; default: 50GB.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="X,…", help="Sum LoRAs instead: a weight for each; the sum is a LoRA, too.")
+    ] = None,
+    how: Annotated[
+        str | None,
+        typer.Option(
+            "--combine",
+            metavar="WAY",
+            help="How to sum: linear (default), cat, svd, ties, dare_linear, dare_ties, ties_svd, dare_linear_svd or "
+            "dare_ties_svd.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of a sum that ends in an SVD.")] = None,
+    density: Annotated[float | None, typer.Option(metavar="X", help="Share that ties and dare keep.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare keeps.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder has.")] = False,
 ) -> None:
-    """Write an adapter into the base's weights.
+    """Write an adapter into the base's weights, or several LoRAs into one.
 
-    The result is an ordinary model folder; it is written only if its logits are those of the adapter.
+    A merged model is an ordinary model folder; it is written only if its logits are those of the adapter. With
+    --weights the LoRAs' weighted sum is written as an adapter folder.
     """
+    _check_merge(folders, weights, how, rank, density, dtype, max_shard_size)
     _hush_libraries()
-    from trimtab.merging import merge_run
+    if weights is None:
+        from trimtab.merging import SHARD, merge_run
 
-    merge_run(folder, output, overwrite=overwrite)
+        merge_run(folders[0], output, dtype=dtype, max_shard_size=max_shard_size or SHARD, overwrite=overwrite)
+    else:
+        from trimtab.combining import combine
+
+        shares, options = _numbers("--weights", weights), {"rank": rank, "density": density, "seed": seed}
+        combine(folders, shares, output, how=how or "linear", **options, overwrite=overwrite)  # type: ignore[arg-type]
     print(output)
+
+
+def _check_merge(folders: list[str], weights: str | None, *options: Any) -> None:
+    """Raises UserError for options of the one kind of merging with the other."""
+    *of_sums, dtype, size = options
+    if weights is None and (len(folders) > 1 or any(one is not None for one in of_sums)):
+        raise UserError("a sum of LoRAs needs --weights, one for each adapter; without it one adapter is merged")
+    if weights is not None and (dtype is not None or size is not None):
+        raise UserError("--dtype and --max-shard-size belong to a merged model, and a sum of LoRAs is an adapter")
 
 
 @command("convert")
@@ -425,6 +481,25 @@ def convert(
     from trimtab.conversion import convert
 
     print(convert(folder, output, to=to, model=model, overwrite=overwrite))
+
+
+@command("push")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's or an adapter's folder.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to put it.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Where the base is on the hub, if the folder cannot say.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Put an adapter on the Hugging Face Hub, with a model card.
+
+    The login is huggingface_hub's own (hf auth login, or HF_TOKEN). Checkpoints and logs stay here.
+    """
+    _hush_libraries()
+    from trimtab.hub import push
+
+    print(push(folder, repo, base=base, private=private))
 
 
 @command("demo")
@@ -512,6 +587,11 @@ def inspect_(
     """
     from trimtab.report import findings, read_run, result_table, run_folders, runs_table, size_line, summary
 
+    if not folder.exists():
+        _hush_libraries()
+        from trimtab.hub import at_hand
+
+        folder = at_hand(folder)
     folders = run_folders(folder)
     alone = folders == [folder]
     if as_json:

@@ -41,6 +41,8 @@ ENCODER = "encoder"
 """The key under which the configuration says which vision encoder an adapter looks at pictures through."""
 SMALL = "small_model"
 """The key under which the configuration says which small model an adapter brings, and how it is made."""
+COMBINED = "combined"
+"""The key under which the configuration says which adapters it is the sum of (combining.py)."""
 _METHOD = "method"
 """The key under which the safetensors file says whose tensors it holds."""
 _SAMPLES = 1024  # elements of each tensor that enter the fingerprint
@@ -269,14 +271,17 @@ def load(
     *,
     force: bool = False,
 ) -> Adapter:
-    """Attach the adapter of a folder to a model: one of trimtab's, or another library's (peers/). Touches no network.
+    """Attach the adapter of a folder to a model: one of trimtab's, or another library's (peers/).
 
+    `folder` may be on the hub: "owner/name", or "owner/name@revision"; a local one touches no network.
     `force` accepts a base model other than the one it was trained on; other libraries' folders do not say which it was.
     Raises UserError for a broken folder, another base model, and missing, unexpected or mis-shaped tensors; then the
     model is as it was.
     """
     from trimtab import peers  # which builds on this module
+    from trimtab.hub import at_hand
 
+    folder = at_hand(folder)
     library = peers.library_of(folder)
     if library is not None:
         return peers.load(model, folder, library, name)

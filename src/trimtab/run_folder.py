@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from trimtab import config
-from trimtab.checkpoint import CONFIG, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
+from trimtab.checkpoint import COMBINED, CONFIG, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
 from trimtab.errors import UserError
 from trimtab.methods.spec import method_to_dict, parse_method
 from trimtab.models import portable, same_source
@@ -64,6 +64,8 @@ def _check_content(folder: Path, settings: TrainSettings) -> None:
         raise UserError(f"{folder} holds something already; choose another folder, or give --overwrite or --resume")
     if settings.resume and not _is_run_file(folder / RUN):
         raise UserError(f"{folder} has no {RUN} of an earlier run, so it cannot be resumed")
+    if settings.resume and COMBINED in read_object(folder / CONFIG):
+        raise UserError(f"{folder} is a sum of adapters, no run that could be resumed; choose another folder")
     if not is_ours(folder):
         raise UserError(f"{folder} holds files that trimtab did not write; choose another folder")
     for path in checkpoints(folder):
@@ -85,12 +87,15 @@ def _is_adapter_file(path: Path) -> bool:
 
 
 def check_resume(folder: Path, settings: TrainSettings) -> None:
-    """Raises UserError where a run is to be resumed with other settings than it began with."""
+    """Raises UserError where a run is to be resumed with other settings than it began with.
+
+    The learning rate may change: one that made numbers explode is of no use any more.
+    """
     if not settings.resume or not (folder / RUN).is_file():
         return
     began, now = read_run_settings(folder), settings_to_dict(settings)
     for key in [*now, *began]:
-        if key not in ("output", "cache", "cache_memory") and began.get(key) != now.get(key):
+        if key not in ("output", "cache", "cache_memory", "lr") and began.get(key) != now.get(key):
             raise UserError(
                 f"the run in {folder} began with {key}={began.get(key)!r}, not {now.get(key)!r}; "
                 "resume it with the same settings"

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import UserError
 
@@ -45,7 +46,7 @@ def missing_files(checkpoint: Path) -> list[str]:
     return [name for name in NEEDED if not (checkpoint / name).is_file()]
 
 
-def read_about(checkpoint: Path) -> dict[str, str]:
+def read_about(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises UserError where it is not whole or not one of ours."""
     missing = missing_files(checkpoint)
     if missing:

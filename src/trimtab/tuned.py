@@ -16,6 +16,7 @@ from trimtab.data import limit, resolve
 from trimtab.errors import UserError
 from trimtab.evaluate import evaluate, predict
 from trimtab.forms import Row
+from trimtab.hub import at_hand
 from trimtab.lengths import fitting_length, prompt_length
 from trimtab.methods.spec import method_from_dict
 from trimtab.models import Kind, kind_of, load_config, load_for, same_source
@@ -60,11 +61,11 @@ class Tuned:
 
 
 def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
-    """The base model with a run's adapter, and its task.
+    """The base model with a run's adapter, and its task; the folder may be on the hub (hub.py).
 
     Raises UserError where the folder is not the output of a run, or the base cannot be found.
     """
-    folder = Path(folder).expanduser()
+    folder = at_hand(folder)
     config = read_adapter_config(folder)
     if not config.get("task"):
         raise UserError(f"{folder} does not say which task it is for; it was not written by `trimtab train`")
@@ -136,7 +137,7 @@ def _base(folder: Path, config: Mapping[str, Any], run: TrainSettings | None) ->
 
 def is_own_data(folder: str | Path, data: str) -> bool:
     """Whether a run held its evaluation rows out of this very data, however it is spelled."""
-    run = begun(Path(folder).expanduser())
+    run = begun(at_hand(folder))
     if run is None or run.eval_data is not None:
         return False
     try:
@@ -159,9 +160,10 @@ def evaluate_run(
     Without `data` the numbers are those in the run's metrics.json. `search` are the arguments of `Tuned.searching`, for
     another search than the run's. Raises UserError as `load_run`, and for data that does not fit the task.
     """
+    folder = at_hand(folder)
     tuned = load_run(folder).searching(**search)
     column = getattr(tuned.task, "image_column", None)
-    rows = _held_out_rows(Path(folder).expanduser(), tuned.task) if data is None else load_rows_of(data, column)
+    rows = _held_out_rows(folder, tuned.task) if data is None else load_rows_of(data, column)
     rows = limit(rows, limit_rows, 0)
     examples = encode(tuned.task, rows, tuned.tokenizer, tuned.max_length, tuned.kind, show)
     how: Any = {"max_new_tokens": tuned.max_new_tokens, "search": tuned.search, "show": show}
