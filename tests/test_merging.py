@@ -57,7 +57,7 @@ def _plain(folder: Path) -> torch.Tensor:
 MERGING = [one for one in STRINGS if parse_method(one).mergeable and parse_method(one).name != "head"]
 SMALL = {
     "houlsby": "houlsby[size=4]",
-    "autoprompt": "autoprompt[length=4,text=abcd]",
+    "autoprompt": "autoprompt[length=5,text=abcd]",
     "ladder": "ladder[reduction=2]",
 }
 OTHERS = [SMALL.get(name, name) for name, method in tt.METHODS.items() if not method.mergeable and name != "full"]
@@ -133,6 +133,7 @@ def test_refuses(flags: list[str], words: str, base: str, tmp_path: Path) -> Non
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @_absent(BERT, "evals")
 def test_bert_tiny_merged_is_as_accurate_as_the_adapter(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def combine(
     _check_alike(parts, how)
     method, tensors = _combined(parts, how, rank, _rule(how, density, torch.Generator().manual_seed(seed)))
     made = {"how": how, "rank": rank, "density": density, "seed": seed if how.startswith("dare") else None}
-    said = {key: value for key, value in made.items() if value is not None}
+    said: dict[str, Any] = {key: value for key, value in made.items() if value is not None}
     names = [part.folder.resolve().name for part in parts]
     said |= {"of": [{"folder": name, "weight": part.weight} for name, part in zip(names, parts, strict=True)]}
     atomic_folder(output, lambda path: _write(path, output.name, parts[0], method, tensors, said), overwrite=overwrite)

@@ -98,7 +98,7 @@ def merge_run(
 def _plain(run: Tuned, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """What transformers makes of the folder, without trimtab."""
     with quiet():
-        model = type(run.model).from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model: Any = type(run.model).from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.to(run.model.device)
 
 
