@@ -10,6 +10,7 @@ import dataclasses
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
