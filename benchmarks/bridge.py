@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,30 +26,41 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import trimtab as tt
+from trimtab.bridge import TunedModule
 from trimtab.errors import UserError
 from trimtab.methods.borrowed import FACTS, NATIVE, peft_configs
 
 SETTINGS = {
+    "adalora": "total_step=20",
     "adamss": "r=8,num_subspaces=2,subspace_rank=1",
     "boft": "boft_block_size=4",
     "c3a": "block_size=16",
     "fourierft": "n_frequency=40",
     "gralora": "r=4,gralora_k=2",
+    "ln_tuning": "target_modules={norms}",
     "loha": "r=4",
     "lokr": "r=4",
+    "miss": "r=4",
     "oft": "oft_block_size=4",
+    "osf": "target_modules={projections}",
     "psoft": "r=4",
     "randlora": "r=4",
+    "road": "group_size=8",
     "shira": "r=2",
     "tinylora": "u=8",
     "trainable_tokens": "token_indices=3,4,5,6",
     "unilora": "r=2,theta_d_length=64",
     "vblora": "num_vectors=16,vector_length=8",
     "vera": "r=8",
-    "pvera": "r=8",
+    "pvera": "r=8,d_initial=1.0",
     "waveft": "n_frequency=40",
 }
 """What a method needs on a model of 32 numbers a token, whose defaults are for large ones."""
+NAMES = {
+    "bert": {"norms": "LayerNorm", "projections": "query,value"},
+    "llama": {"norms": "input_layernorm", "projections": "q_proj,v_proj"},
+}
+"""What stands in settings for modules where peft has no default of its own, or the task head is one."""
 TOLERANCE = 1e-5
 STEPS = 8
 MODELS = ("bert", "llama")
@@ -81,9 +93,9 @@ def batch(family: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def spec(kind: str) -> str:
+def spec(kind: str, family: str) -> str:
     """The method string that is tried."""
-    return f"peft:{kind}[{SETTINGS[kind]}]" if kind in SETTINGS else f"peft:{kind}"
+    return f"peft:{kind}[{SETTINGS[kind].format(**NAMES[family])}]" if kind in SETTINGS else f"peft:{kind}"
 
 
 def shake(adapter: tt.Adapter) -> None:
@@ -118,8 +130,27 @@ def logits(model: Any, family: str) -> Tensor:
     return out if family == "bert" else out[given["attention_mask"].bool()]
 
 
-def try_on(kind: str, family: str, folder: Path) -> bool:
-    """Trained, saved, loaded by us and by peft, detached; returns whether it merges.
+def apart(one: Tensor, other: Tensor) -> float:
+    """How far logits are apart, as a share of the largest where that is above 1."""
+    return ((one - other).abs().max() / other.abs().max().clamp(min=1)).item()
+
+
+def by_token(adapter: tt.Adapter) -> bool:
+    """Whether each layer gives for a token the same whatever else it is given: tokens may be run by themselves then."""
+    generator = torch.Generator().manual_seed(4)
+    for site in adapter._entry.sites:
+        part, module = adapter._entry.parts[site.key], getattr(site, "module", None)
+        if not isinstance(part, TunedModule) or not isinstance(module, torch.nn.Linear):
+            continue
+        x = torch.randn(2, 5, module.in_features, generator=generator)
+        with torch.no_grad():
+            if not torch.allclose(part(x, module(x))[:1, 2:], part(x[:1, 2:], module(x[:1, 2:])), atol=TOLERANCE):
+                return False
+    return True
+
+
+def try_on(kind: str, family: str, folder: Path) -> tuple[bool, bool]:
+    """Trained, saved, loaded by us and by peft, detached; returns whether it merges, and whether it acts by token.
 
     Raises UserError for what the bridge refuses, AssertionError for what went wrong.
     """
@@ -129,7 +160,7 @@ def try_on(kind: str, family: str, folder: Path) -> bool:
     model = tiny(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plain = logits(model, family)
-    adapter = tt.attach(model, spec(kind))
+    adapter = tt.attach(model, spec(kind, family))
     kept = {name: value.clone() for name, value in adapter.state_dict().items()}
     found = losses(adapter, family)
     assert found[-1] < found[0], f"the loss does not fall: {found[0]:.4f}, {found[-1]:.4f}"
@@ -138,12 +169,13 @@ def try_on(kind: str, family: str, folder: Path) -> bool:
     shake(adapter)
     own = logits(model, family)
     assert not torch.equal(own, plain), "it changes nothing"
+    apart_too = by_token(adapter)
     adapter.save(folder)
     fresh = tiny(family)
     theirs = logits(PeftModel.from_pretrained(fresh, folder / "peft").eval(), family)
-    gap = (own - theirs).abs().max().item()
+    gap = apart(own, theirs)
     assert gap < TOLERANCE, f"loaded by peft the logits differ by {gap:.1e}"
-    gap = (own - logits(tt.load(tiny(family), folder).model.eval(), family)).abs().max().item()
+    gap = apart(own, logits(tt.load(tiny(family), folder).model.eval(), family))
     assert gap < TOLERANCE, f"loaded again the logits differ by {gap:.1e}"
     with adapter.disabled():
         assert torch.equal(logits(model, family), plain), "switched off the base is another"
@@ -152,7 +184,7 @@ def try_on(kind: str, family: str, folder: Path) -> bool:
     after = model.state_dict()
     assert list(after) == list(before), "detached the base has other tensors"
     assert all(torch.equal(after[name], value) for name, value in before.items()), "the base has changed"
-    return merges
+    return merges, apart_too
 
 
 def merged_equals(adapter: tt.Adapter, family: str, own: Tensor) -> bool:
@@ -168,37 +200,43 @@ def merged_equals(adapter: tt.Adapter, family: str, own: Tensor) -> bool:
             part.write_into(module)
     except Exception:  # whatever a peft layer raises, it does not merge here
         return False
-    return (logits(model, family) - own).abs().max().item() < TOLERANCE
+    return apart(logits(model, family), own) < TOLERANCE
 
 
 def find_out(kind: str) -> Mapping[str, Any]:
     """What `try_on` says of one method, on both models."""
-    merges, torn = [], []
+    merges, apart_too, torn = [], [], []
     for family in MODELS:
         try:
             with tempfile.TemporaryDirectory() as place:
-                merges.append(try_on(kind, family, Path(place) / "adapter"))
+                said = try_on(kind, family, Path(place) / "adapter")
+            merges.append(said[0])
+            apart_too.append(said[1])
         except Exception as error:  # recorded as why it does not work
             name = "" if isinstance(error, (UserError, AssertionError)) else f"{type(error).__name__}: "
             torn.append(f"{name}{' '.join(str(error).split())}".removeprefix(f"peft:{kind} "))
     if torn:
-        return {"works": False, "merges": False, "why": torn[0]}
-    return {"works": True, "merges": all(merges), "why": ""}
+        return {"works": False, "merges": False, "by_token": False, "why": torn[0]}
+    return {"works": True, "merges": all(merges), "by_token": all(apart_too), "why": ""}
 
 
-def main() -> None:
-    """Try them all and write what came out."""
+def main(only: Sequence[str] = ()) -> None:
+    """Try them all and write what came out; those that are named are only tried."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     tf.logging.set_verbosity_error()
     found = {}
     for kind in sorted(peft_configs()):
+        if only and kind not in only:
+            continue
         found[kind] = find_out(kind)
         print(kind, found[kind], flush=True)
+    if only:
+        return
     text = json.dumps({"peft": version("peft"), "methods": found}, indent=1, ensure_ascii=False) + "\n"
     FACTS.write_text(text, encoding="utf-8")
     print(f"{sum(one['works'] for one in found.values())} of {len(found)} work, {len(NATIVE)} have methods of our own")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -30,8 +30,8 @@ FOLDER = "peft"
 """The folder, inside an adapter's, that holds it as peft's files."""
 
 
-def build(name: str, config: Any, sites: Sites) -> dict[ModuleSite, TunedModule]:
-    """A part for each module that peft has a layer for.
+def build(name: str, config: Any, sites: Sites, whole: bool) -> dict[ModuleSite, TunedModule]:
+    """A part for each module that peft has a layer for; `whole` where a layer may read more than a token at a time.
 
     Raises UserError for what peft refuses, and for methods that are more than layers in place of modules.
     """
@@ -43,7 +43,7 @@ def build(name: str, config: Any, sites: Sites) -> dict[ModuleSite, TunedModule]
         raise UserError(f"{name} has no layers that stand in place of the model's: the bridge cannot carry it")
     if kind.forward is not BaseTuner.forward:
         raise UserError(f"{name} changes the call of the whole model, which the bridge leaves as it is")
-    if hasattr(kind, "update_and_allocate"):
+    if hasattr(kind, "update_and_allocate") and getattr(config, "use_asa", True):  # which adamss may do without
         raise UserError(f"{name} decides in the training loop what it trains, which the bridge has no place for")
     shadow = shadow_of(model)
     try:
@@ -61,24 +61,28 @@ def build(name: str, config: Any, sites: Sites) -> dict[ModuleSite, TunedModule]
     parts: dict[ModuleSite, TunedModule] = {}
     for path, layer in layers.items():
         site = _site(sites, path)
-        parts[site] = TunedModule(layer, site.module, tuner, seen)
+        parts[site] = TunedModule(layer, site.module, tuner, seen, whole)
     return parts
 
 
 class TunedModule(nn.Module):
     """One layer of peft's beside the module that it was made for.
 
-    Tensors that several layers share are registered in the first of them alone, so that a folder holds them once.
+    Tensors that several layers share are in the state of the first of them alone, so that a folder holds them once.
     """
 
-    def __init__(self, layer: Any, module: nn.Module, tuner: Any, seen: set[int]):
+    def __init__(self, layer: Any, module: nn.Module, tuner: Any, seen: set[int], whole: bool):
         super().__init__()
         base = stand_in(module)
         del layer._modules["base_layer"]
         layer.__dict__["base_layer"] = base
         self.layer = layer
         self.__dict__["tuner"] = tuner  # which holds what is shared, and belongs to no layer
-        self.shared = _unregister_shared(layer, seen)
+        tensors = layer.state_dict(keep_vars=True)
+        self.elsewhere = [name for name, tensor in tensors.items() if id(tensor) in seen]
+        seen.update(id(tensor) for tensor in tensors.values())
+        self.register_state_dict_post_hook(_leave_out)
+        self.whole = whole
         self.draws = _draws(layer, module)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -102,18 +106,14 @@ class TunedModule(nn.Module):
             weight.copy_(own.get_parameter(name))
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        """Inside, the layer as peft knows it: its base and shared tensors registered."""
-        for owner, kind, name in self.shared:
-            getattr(owner, kind)[name] = owner.__dict__.pop(name)
+    def as_peft(self) -> Iterator[nn.Module]:
+        """Inside, the layer as peft knows it: with its base registered."""
         base = self.layer._modules["base_layer"] = self.layer.__dict__.pop("base_layer")
         try:
             yield self.layer
         finally:
             del self.layer._modules["base_layer"]
             self.layer.__dict__["base_layer"] = base
-            for owner, kind, name in self.shared:
-                owner.__dict__[name] = getattr(owner, kind).pop(name)
 
 
 class Known:
@@ -198,7 +198,7 @@ def peft_state(model: nn.Module, parts: Mapping[str, Any]) -> dict[str, torch.Te
     with ExitStack() as stack:
         for path, part in parts.items():
             parent, _, name = path.rpartition(".")
-            shadow.get_submodule(parent)._modules[name] = stack.enter_context(part.whole())
+            shadow.get_submodule(parent)._modules[name] = stack.enter_context(part.as_peft())
         tuner._modules["model"] = shadow
         stack.callback(tuner._modules.pop, "model")
         shell.base_model, shell.peft_config = tuner, tuner.peft_config
@@ -261,22 +261,10 @@ def _site(sites: Sites, path: str) -> ModuleSite:
     return ModuleSite(f"module_{path.replace('.', '_')}", stack, layer, module, path)
 
 
-def _unregister_shared(layer: nn.Module, seen: set[int]) -> list[tuple[nn.Module, str, str]]:
-    """Take out of the layer's registers what another layer has registered: (owner, register, name) of each."""
-    found: list[tuple[nn.Module, str, str]] = []
-    for kind in ("_modules", "_parameters", "_buffers"):
-        for name, value in list(getattr(layer, kind).items()):
-            if value is None:
-                continue
-            if id(value) in seen:
-                layer.__dict__[name] = getattr(layer, kind).pop(name)
-                found.append((layer, kind, name))
-            elif kind == "_modules":
-                seen.add(id(value))
-                found += _unregister_shared(value, seen)
-            else:
-                seen.add(id(value))
-    return found
+def _leave_out(part: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Another part's tensors are no tensors of this one's."""
+    for name in part.elsewhere:
+        del state[f"{prefix}layer.{name}"]
 
 
 def _draws(layer: Any, module: nn.Module) -> bool:
