@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import trimtab as tt
-from trimtab.bridge import TunedModule
 from trimtab.errors import UserError
 from trimtab.methods.borrowed import FACTS, NATIVE, peft_configs
 
@@ -135,22 +134,8 @@ def apart(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs().max() / other.abs().max().clamp(min=1)).item()
 
 
-def by_token(adapter: tt.Adapter) -> bool:
-    """Whether each layer gives for a token the same whatever else it is given: tokens may be run by themselves then."""
-    generator = torch.Generator().manual_seed(4)
-    for site in adapter._entry.sites:
-        part, module = adapter._entry.parts[site.key], getattr(site, "module", None)
-        if not isinstance(part, TunedModule) or not isinstance(module, torch.nn.Linear):
-            continue
-        x = torch.randn(2, 5, module.in_features, generator=generator)
-        with torch.no_grad():
-            if not torch.allclose(part(x, module(x))[:1, 2:], part(x[:1, 2:], module(x[:1, 2:])), atol=TOLERANCE):
-                return False
-    return True
-
-
-def try_on(kind: str, family: str, folder: Path) -> tuple[bool, bool]:
-    """Trained, saved, loaded by us and by peft, detached; returns whether it merges, and whether it acts by token.
+def try_on(kind: str, family: str, folder: Path) -> bool:
+    """Trained, saved, loaded by us and by peft, detached; returns whether it merges.
 
     Raises UserError for what the bridge refuses, AssertionError for what went wrong.
     """
@@ -169,7 +154,6 @@ def try_on(kind: str, family: str, folder: Path) -> tuple[bool, bool]:
     shake(adapter)
     own = logits(model, family)
     assert not torch.equal(own, plain), "it changes nothing"
-    apart_too = by_token(adapter)
     adapter.save(folder)
     fresh = tiny(family)
     theirs = logits(PeftModel.from_pretrained(fresh, folder / "peft").eval(), family)
@@ -184,7 +168,7 @@ def try_on(kind: str, family: str, folder: Path) -> tuple[bool, bool]:
     after = model.state_dict()
     assert list(after) == list(before), "detached the base has other tensors"
     assert all(torch.equal(after[name], value) for name, value in before.items()), "the base has changed"
-    return merges, apart_too
+    return merges
 
 
 def merged_equals(adapter: tt.Adapter, family: str, own: Tensor) -> bool:
@@ -205,19 +189,17 @@ def merged_equals(adapter: tt.Adapter, family: str, own: Tensor) -> bool:
 
 def find_out(kind: str) -> Mapping[str, Any]:
     """What `try_on` says of one method, on both models."""
-    merges, apart_too, torn = [], [], []
+    merges, torn = [], []
     for family in MODELS:
         try:
             with tempfile.TemporaryDirectory() as place:
-                said = try_on(kind, family, Path(place) / "adapter")
-            merges.append(said[0])
-            apart_too.append(said[1])
+                merges.append(try_on(kind, family, Path(place) / "adapter"))
         except Exception as error:  # recorded as why it does not work
             name = "" if isinstance(error, (UserError, AssertionError)) else f"{type(error).__name__}: "
             torn.append(f"{name}{' '.join(str(error).split())}".removeprefix(f"peft:{kind} "))
     if torn:
-        return {"works": False, "merges": False, "by_token": False, "why": torn[0]}
-    return {"works": True, "merges": all(merges), "by_token": all(apart_too), "why": ""}
+        return {"works": False, "merges": False, "why": torn[0]}
+    return {"works": True, "merges": all(merges), "why": ""}
 
 
 def main(only: Sequence[str] = ()) -> None:

@@ -108,9 +108,9 @@ def bridge_table() -> str:
     """One row a method of peft's, as it was found out (benchmarks/bridge.py)."""
     rows = []
     for name, one in facts()["methods"].items():
-        answers = ["yes" if one[key] else "no" for key in ("works", "merges", "by_token")]
+        answers = ["yes" if one[key] else "no" for key in ("works", "merges")]
         rows.append((f"`peft:{name}`", *answers, one["why"]))
-    return f"Found out with peft {facts()['peft']}.\n\n" + _table(("method", "works", "merges", "shares text", "why not"), rows)
+    return f"Found out with peft {facts()['peft']}.\n\n" + _table(("method", "works", "merges", "why not"), rows)
 
 
 BLOCKS = {

@@ -30,8 +30,8 @@ FOLDER = "peft"
 """The folder, inside an adapter's, that holds it as peft's files."""
 
 
-def build(name: str, config: Any, sites: Sites, whole: bool) -> dict[ModuleSite, TunedModule]:
-    """A part for each module that peft has a layer for; `whole` where a layer may read more than a token at a time.
+def build(name: str, config: Any, sites: Sites) -> dict[ModuleSite, TunedModule]:
+    """A part for each module that peft has a layer for.
 
     Raises UserError for what peft refuses, and for methods that are more than layers in place of modules.
     """
@@ -61,7 +61,10 @@ def build(name: str, config: Any, sites: Sites, whole: bool) -> dict[ModuleSite,
     parts: dict[ModuleSite, TunedModule] = {}
     for path, layer in layers.items():
         site = _site(sites, path)
-        parts[site] = TunedModule(layer, site.module, tuner, seen, whole)
+        parts[site] = TunedModule(layer, site.module, tuner, seen)
+    kinds = {(type(part.layer), type(site.module)): (part, site.module) for site, part in parts.items()}
+    if not all(_by_token(part, module) for part, module in kinds.values()):
+        raise UserError(f"{name} reads more than a token at a time, so that its padding would change what a row gives")
     return parts
 
 
@@ -71,7 +74,7 @@ class TunedModule(nn.Module):
     Tensors that several layers share are in the state of the first of them alone, so that a folder holds them once.
     """
 
-    def __init__(self, layer: Any, module: nn.Module, tuner: Any, seen: set[int], whole: bool):
+    def __init__(self, layer: Any, module: nn.Module, tuner: Any, seen: set[int]):
         super().__init__()
         base = stand_in(module)
         del layer._modules["base_layer"]
@@ -82,7 +85,6 @@ class TunedModule(nn.Module):
         self.elsewhere = [name for name, tensor in tensors.items() if id(tensor) in seen]
         seen.update(id(tensor) for tensor in tensors.values())
         self.register_state_dict_post_hook(_leave_out)
-        self.whole = whole
         self.draws = _draws(layer, module)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -128,7 +130,9 @@ class Known:
         return {**self.__dict__, "x": None, "y": None}
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.y if x is self.x and self.y is not None else type(self.module).forward(self.module, x, *args, **kwargs)
+        return (
+            self.y if x is self.x and self.y is not None else type(self.module).forward(self.module, x, *args, **kwargs)
+        )
 
 
 def stand_in(module: nn.Module) -> nn.Module:
@@ -228,7 +232,9 @@ def _check(name: str, model: Any, shadow: nn.Module, tuner: Any, layers: Mapping
     """Raises UserError where peft did more than to put layers in place of modules."""
     heads = tuple(f"{site.path}." for site in sites.task_head)
     if caught := [path for path in layers if f"{path}.".startswith(heads)]:
-        raise UserError(f"{name} would act in the task head ({caught[0]}), which is trained whole; choose target_modules")
+        raise UserError(
+            f"{name} would act in the task head ({caught[0]}), which is trained whole; choose target_modules"
+        )
     if not layers:
         raise UserError(f"{name} found no module of this model that it can act on; choose target_modules")
     inner = {id(weight) for layer in layers.values() for weight in layer.parameters()}
@@ -269,20 +275,52 @@ def _leave_out(part: Any, state: dict[str, Any], prefix: str, metadata: Any) -> 
 
 def _draws(layer: Any, module: nn.Module) -> bool:
     """Whether the layer draws random numbers while training: the generator tells, whatever the layer calls it."""
+    given = _example(module)
+    if given is None:
+        return True  # which is never wrong
+    place, training = given.device, layer.training
+    with _own_random_numbers(place):
+        before = _random_state(place)
+        layer.train()(given)
+        drawn = not torch.equal(before, _random_state(place))
+    layer.train(training)
+    return drawn
+
+
+def _by_token(part: TunedModule, module: nn.Module) -> bool:
+    """Whether, away from its start, a layer gives for a token the same whatever stands beside it."""
+    given = _example(module)
+    if given is None:
+        return True
+    layer = copy.deepcopy(part.layer).eval()
+    with _own_random_numbers(given.device):
+        for weight in layer.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn_like(weight))
+        whole, alone = layer(given)[:, 2:].float(), layer(given[:, 2:]).float()
+    return bool((whole - alone).abs().max() <= 1e-3 * alone.abs().max())
+
+
+def _example(module: nn.Module) -> torch.Tensor | None:
+    """Something that the module takes, one row of four tokens; None of modules that this does not know."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
-        return True  # which is never wrong
+        return None
+    if isinstance(module, nn.Embedding):
+        return torch.arange(4, device=weight.device)[None] % weight.shape[0]
     width = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[-1]
-    given = torch.zeros(1, 2, dtype=torch.long) if isinstance(module, nn.Embedding) else torch.ones(1, 2, width)
-    given = given.to(weight.device, weight.dtype if given.is_floating_point() else None)
-    cuda = weight.device.type == "cuda"
-    training = layer.training
-    with torch.random.fork_rng([weight.device] if cuda else []), torch.no_grad():
-        before = torch.cuda.get_rng_state(weight.device) if cuda else torch.get_rng_state()
-        layer.train()(given)
-        after = torch.cuda.get_rng_state(weight.device) if cuda else torch.get_rng_state()
-    layer.train(training)
-    return not torch.equal(before, after)
+    return torch.linspace(-1, 1, 4 * width, device=weight.device, dtype=weight.dtype).sin().view(1, 4, width)
+
+
+@contextmanager
+def _own_random_numbers(place: torch.device) -> Iterator[None]:
+    """Inside, random numbers are drawn that the run does not miss, and no graph is built."""
+    with torch.random.fork_rng([place] if place.type == "cuda" else []), torch.no_grad():
+        yield
+
+
+def _random_state(place: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(place) if place.type == "cuda" else torch.get_rng_state()
 
 
 def _sentence(error: Exception) -> str:

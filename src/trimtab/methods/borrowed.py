@@ -82,7 +82,7 @@ def peft_configs() -> dict[str, type]:
 
 @functools.cache
 def facts() -> Mapping[str, Any]:
-    """What was found out: `peft`, the version that it was found with, and by name of `methods` works, merges, by_token, why."""
+    """What was found out: `peft`, the version that it was found with, and by name of `methods` works, merges, why."""
     return json.loads(FACTS.read_text(encoding="utf-8")) if FACTS.is_file() else {"peft": None, "methods": {}}
 
 
@@ -91,7 +91,7 @@ def listed() -> tuple[list[dict[str, Any]], str]:
     from importlib.metadata import version
 
     configs, known = peft_configs(), facts()
-    blank = {"works": None, "merges": None, "by_token": None, "why": "not tried yet: this peft is newer than the facts"}
+    blank = {"works": None, "merges": None, "why": "not tried yet: this peft is newer than the facts"}
     rows = [{"name": f"peft:{kind}", **{**blank, **known["methods"].get(kind, {})}} for kind in sorted(configs)]
     here, found = version("peft"), known["peft"]
     note = f"found out with peft {found}"
@@ -178,8 +178,7 @@ def _build(self: Any, sites: Any, context: Any) -> Any:
     """A layer of peft's at each module that it chooses. Raises UserError as bridge.build."""
     from trimtab.bridge import build
 
-    by_token = facts()["methods"].get(self.name.partition(":")[2], {}).get("by_token", False)
-    return build(self.name, self.peft_config(), sites, whole=not by_token)
+    return build(self.name, self.peft_config(), sites)
 
 
 def _parameter_count(self: Any, sites: Any) -> int:
