@@ -1,11 +1,12 @@
-"""Which of peft's methods the bridge carries: every one that the installed peft offers is tried on a tiny BERT classifier
-and a tiny Llama, and what came out is written to src/trimtab/peft_facts.json (`trimtab methods --all` reads it).
+"""Which of peft's methods the bridge carries. Every one that the installed peft offers is tried on a tiny BERT
+classifier and a tiny Llama, and what came out is written to src/trimtab/peft_facts.json (`trimtab methods --all` reads
+it).
 
     python -m benchmarks.bridge            # a minute or two
 
-Works means: trained through the bridge the loss falls; away from its start, loaded again the logits are equal, loaded by
-peft from the folder that was written they are, too; detached the base is what it was, bit for bit. Merges means: so does
-the merged model give them.
+Works means: trained through the bridge the loss falls; away from its start the logits are equal when it is loaded again
+and when peft loads what was written; detached the base is what it was, bit for bit. Merges means: the merged model
+gives these logits, too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Methods of peft's on models that are not wrapped: equal to peft itself, trained, saved in both forms, refused in a sentence."""
+"""Methods of peft's on models that are not wrapped: equal to peft itself, trained, saved in both forms, or refused."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Layers of peft's on an unwrapped model: the only file that knows how peft builds, runs and writes them. Refuses to
 know single methods of peft's.
 
-peft puts its layers in place of the base's modules. Here it does so in a shadow of the model: the same tree with the same
-weights, which never runs. The layers are taken out of it, and each one acts through a hook on the module that it was made
-for, y -> layer(x). What such a layer asks its base for, the module has computed already: it is handed over, and only another
-input is computed anew (methods that rotate the input). So the model, its names, its hooks and its weights stay.
+peft puts its layers in place of the base's modules. Here it does so in a shadow of the model: the same tree with the
+same weights, which never runs. The layers are taken out of it, and each one acts through a hook on the module that it
+was made for, y -> layer(x). What such a layer asks its base for, the module has computed already: it is handed over,
+and only another input is computed anew (methods that rotate the input). So the model, its names, its hooks and its
+weights stay.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@ do (bridge.py puts them on a model).
 
     y = layer(x)     in place of y = W x + b, at every module that peft chooses; the equations are peft's
 
-The name is peft's own in lower case, the fields are those of its configuration class with their types. What is left out: what
-belongs to the run (task_type, inference_mode, …), the modules to save (the task head is trained with every method here) and
-fields that are dictionaries. Trained parameters: those of the layers.
+The name is peft's own in lower case, the fields are those of its configuration class with their types. What is left
+out: what belongs to the run (task_type, inference_mode, …), the modules to save (the task head is trained with every
+method here) and fields that are dictionaries. Trained parameters: those of the layers.
 """
 
 from __future__ import annotations
