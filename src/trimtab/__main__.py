@@ -517,7 +517,12 @@ def demo(
 
 
 @command("methods")
-def methods(as_json: Json = False) -> None:
+def methods(
+    as_json: Json = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List every method of the installed peft, too, and whether it works here.")
+    ] = False,
+) -> None:
     """List the methods and what they cost."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
@@ -526,8 +531,9 @@ def methods(as_json: Json = False) -> None:
     from trimtab.arch import FAMILIES
 
     described = describe_methods()
+    borrowed, note = list_borrowed() if everything else ([], "")
     if as_json:
-        return _print_json(described)
+        return _print_json([*described, *borrowed])
     table = Table("name", "what it trains", "parameters", "merges", "families", box=SIMPLE_HEAD)
     for one in described:
         merges = "yes" if one["mergeable"] else "no"
@@ -536,6 +542,20 @@ def methods(as_json: Json = False) -> None:
         table.add_row(*(escape(cell) for cell in cells))
     _show(table)
     print(f"families: {', '.join(FAMILIES)}")
+    if borrowed:
+        table = Table("peft's method", "works", "merges", "why not", box=SIMPLE_HEAD)
+        for one in borrowed:
+            answers = ["not known" if one[key] is None else "yes" if one[key] else "no" for key in ("works", "merges")]
+            table.add_row(escape(one["name"]), *answers, escape(one["why"]))
+        _show(table)
+        print(note)
+
+
+def list_borrowed() -> tuple[list[dict[str, Any]], str]:
+    """The methods of the installed peft, and which peft they were tried with."""
+    from trimtab.methods.borrowed import listed
+
+    return listed()
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from trimtab.hooks import (
     install_activation,
     install_head,
     install_linear,
+    install_module,
     install_norm,
     unchanging,
 )
@@ -47,6 +48,7 @@ from trimtab.sites import (
     HeadSite,
     KVSite,
     LinearSite,
+    ModuleSite,
     NormSite,
     Site,
     Sites,
@@ -63,7 +65,12 @@ INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
     EmbedsSite: install_embeds,
     StatesSite: install_states,
     HeadSite: install_head,
+    ModuleSite: install_module,
 }
+
+
+_COPIED = HeadSite | NormSite | ModuleSite
+"""Sites whose parts write themselves into the base's module when they are merged."""
 
 
 class Adapter:
@@ -188,7 +195,7 @@ class Adapter:
             raise UserError(f"{entry.method.name} cannot be merged: it is no change of the base's weights")
         self.fold()
         updates = [_merged(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, LinearSite)]
-        copies = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, HeadSite | NormSite)]
+        copies = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, _COPIED)]
         self.detach()
         for write in updates:
             write()
@@ -518,9 +525,12 @@ def _is_shared(site: Site, part: nn.Module) -> bool:
 def _order(site: Site) -> int:
     """A change of a projection comes before what acts on the branch's output, which may be that projection's.
 
-    A prefix moves the positions of all that stands behind it, virtual tokens included.
+    A layer of another library's reads what the projection gives with all that acts on it. A prefix moves the positions
+    of all that stands behind it, virtual tokens included.
     """
-    return 1 if isinstance(site, ActivationSite | KVSite) else 0
+    if isinstance(site, ModuleSite):
+        return 1
+    return 2 if isinstance(site, ActivationSite | KVSite) else 0
 
 
 def _cuts(claimed: Sequence[Site], sites: Sites) -> Iterator[tuple[nn.Module, bool]]:

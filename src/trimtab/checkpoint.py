@@ -155,6 +155,8 @@ def save_adapter(adapter: Adapter, folder: Path, *, task: Mapping[str, Any] | No
         metadata = {"format": "pt", _METHOD: json.dumps(config["method"], sort_keys=True), **packed(entry)}
         atomic_write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
         write_json(folder / CONFIG, config)
+        if hasattr(method, "write_beside"):
+            method.write_beside(adapter, folder)
     return folder
 
 

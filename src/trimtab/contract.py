@@ -26,7 +26,11 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              `reading.memory`; a part with a model of its own has `brings`, what an adapter's folder says of it
     head     forward(hidden) -> logits, in place of the base's head
 
-Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
+    module   forward(x, y) -> y' at any module, for layers of other libraries (bridge.py); write_into(module), if the
+             method merges
+
+Optional: a method whose adapters other libraries read has `write_beside(adapter, folder)`, called when one is saved;
+a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
 describes it; a part with `lr_scales() -> {name: factor}` trains those tensors at a multiple of the learning rate; a
 method whose start needs text has `for_loading() -> method` with the same shapes and without that need; one with
 `consistency` > 0 is trained on two forwards a batch (consistency.py); `whole_model = True` marks full fine-tuning;
