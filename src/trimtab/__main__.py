@@ -387,11 +387,14 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="One of the texts to choose from (task choose); repeat for each."),
     ] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text in which the answer stands (task span).")
+    ] = None,
 ) -> None:
     """Answer a prompt, or about a picture, with a run's adapter.
 
     A classifier answers with the label, a regression with the number, a tagger with a line for each word (they stand
-    between spaces), and the task choose with one of the --choice texts.
+    between spaces), the task choose with one of the --choice texts, and the task span with a piece of the --context.
     """
     _hush_libraries()
     from trimtab.tuned import ask, load_run
@@ -399,7 +402,7 @@ def generate(
     run = load_run(folder).searching(
         num_beams=num_beams, length_penalty=length_penalty, no_repeat_ngram_size=no_repeat_ngram_size
     )
-    print(ask(run, prompt, max_new_tokens or run.max_new_tokens or NEW_TOKENS, choice or (), image))
+    print(ask(run, prompt, max_new_tokens or run.max_new_tokens or NEW_TOKENS, choice or (), image, context))
 
 
 @command("merge")

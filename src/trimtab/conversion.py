@@ -36,6 +36,8 @@ _LOADED: dict[str, tuple[Kind, str]] = {
     "ForSequenceClassification": ("encoder", "classification"),
     "TOKEN_CLS": ("encoder", "tags"),
     "ForTokenClassification": ("encoder", "tags"),
+    "QUESTION_ANS": ("encoder", "spans"),
+    "ForQuestionAnswering": ("encoder", "spans"),
     "ForMultipleChoice": ("encoder", "choices"),
     "ForMaskedLM": ("masked", ""),
 }

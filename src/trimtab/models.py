@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as PICTURES
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as MULTIPLE_CHOICE
+from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as QUESTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCES
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as TOKENS
 
@@ -72,6 +73,7 @@ HEADS = {
         transformers.AutoModelForSequenceClassification, SEQUENCES, {"num_labels": 1, "problem_type": "regression"}
     ),
     "tags": Head(transformers.AutoModelForTokenClassification, TOKENS, {}),
+    "spans": Head(transformers.AutoModelForQuestionAnswering, QUESTIONS, {"num_labels": 2}),
     "choices": Head(transformers.AutoModelForMultipleChoice, MULTIPLE_CHOICE, {"num_labels": 1}),
     "pictures": Head(transformers.AutoModelForImageClassification, {*PICTURES, _TOWER}, {}),
 }

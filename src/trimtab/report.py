@@ -44,6 +44,8 @@ _DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib
 _TITLES = {
     "accuracy": "accuracy",
     "entity_f1": "entity F1",
+    "exact_match": "exact match",
+    "f1": "F1",
     "macro_f1": "macro F1",
     "mcc": "Matthews correlation",
     "pearson": "Pearson correlation",
@@ -614,6 +616,7 @@ On the command line, from the folder that holds this one:
 trimtab eval {{ title }} --data DATA
 {% if task %}
 trimtab generate {{ title }} {{ asked }}{{ ' --choice "…" --choice "…"' if task.get("choices_column") }}
+{%- if task.get("context_column") %} --context "…"{% endif %}
 {% endif %}
 {% if merges %}
 trimtab merge {{ title }} --output merged   # an ordinary model folder

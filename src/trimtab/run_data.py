@@ -90,6 +90,7 @@ def find_task(settings: TrainSettings) -> Source:
         rows,
         kind=kind,
         text_column=settings.text_column,
+        context_column=settings.context_column,
         image_column=settings.image_column if kind == "vision" else pictures,
         stage_column=settings.stage_column,
         label_column=settings.label_column,

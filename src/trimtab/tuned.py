@@ -85,20 +85,25 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
 
 
 def ask(
-    run: Tuned, prompt: str | None, max_new_tokens: int, choices: Sequence[str] = (), image: str | None = None
+    run: Tuned,
+    prompt: str | None,
+    max_new_tokens: int,
+    choices: Sequence[str] = (),
+    image: str | None = None,
+    context: str | None = None,
 ) -> str:
     """What a run answers to a text or a picture.
 
-    Of `choices` where its task is to choose, else the label, the number, the tags, or at most so many tokens; the text
-    is cut to leave room for them.
+    Of `choices` where its task is to choose, a piece of `context` where it is to find one, else the label, the number,
+    the tags, or at most so many tokens; the text is cut to leave room for them.
 
-    Raises UserError for choices or a picture that the task does not take, and for fewer than two where it does.
+    Raises UserError for choices, a picture or a context that the task does not take, and where it lacks what it takes.
     """
     longest = run.max_length
     if run.task.writes:
         method = next((adapter.method for adapter in adapters(run.model).values()), None)
         longest = prompt_length(method, run.model.config, longest, max_new_tokens)
-    row = {**_asked(run.task, prompt, image), **_offered(run.task, choices)}
+    row = {**_asked(run.task, prompt, image), **_offered(run.task, choices), **_about(run.task, context)}
     examples = encode_all(run.task, [row], run.tokenizer, longest, run.kind, asking=True)
     how: Any = {"max_new_tokens": max_new_tokens, "search": run.search, "show": False}
     return predict(run.model, run.tokenizer, run.task, examples, run.kind, **how)[0]
@@ -125,6 +130,18 @@ def _offered(task: Task, choices: Sequence[str]) -> Row:
         return offered(choices)
     if choices:
         raise UserError(f"the task {task.name!r} takes no choices")
+    return {}
+
+
+def _about(task: Task, context: str | None) -> Row:
+    """The part of a row that holds its context."""
+    about: Any = getattr(task, "about", None)  # of a task whose rows have one
+    if about is not None:
+        if context is None:
+            raise UserError(f"the task {task.name!r} finds answers in a text: --context TEXT")
+        return about(context)
+    if context is not None:
+        raise UserError(f"the task {task.name!r} takes no context")
     return {}
 
 
