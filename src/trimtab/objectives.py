@@ -61,7 +61,8 @@ def objective_of(base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | N
         return None
     if base.get_output_embeddings() is not None:
         return Tokens()
-    return {"ForTokenClassification": Tags(), "ForQuestionAnswering": Places()}.get(base.loss_type)
+    known: dict[str, Objective] = {"ForTokenClassification": Tags(), "ForQuestionAnswering": Places()}
+    return known.get(base.loss_type)
 
 
 class Classes:

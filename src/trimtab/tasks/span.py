@@ -113,7 +113,8 @@ class Span:
 
     def found(self, row: Row) -> list[Answer]:
         """A row's answers. Raises UserError for one that is empty or does not stand in the context."""
-        context, value = _filled(row, self.context_column), value_of(row, self.label_column)
+        context = _filled(row, self.context_column)
+        value: Any = value_of(row, self.label_column)
         starts: Any = row.get("answer_start")
         if isinstance(value, Mapping):
             value, starts = value.get("text"), value.get("answer_start")
