@@ -64,7 +64,7 @@ MEMBERS = (
     Member("pfeiffer", Pfeiffer(), Pfeiffer.lr, 64, 256, {"size": 1}),
     Member("parallel", Parallel(), Parallel.lr, 64, 256, {"size": 1}),
     Member("prefix", Prefix(form="flat"), 1e-2, 16, 64, {"length": 1}, bounded=False),
-    Member("lora", LoRA(), LoRA.lr, 8, 64, {"r": 1, "alpha": 2}),
+    Member("lora", LoRA(), LoRA.lr, 8, 64, {"r": 1, "alpha": 2.0}),
     Member("ia3", IA3(), IA3.lr),
     Member("bitfit", BitFit(), BitFit.lr),
 )
