@@ -167,7 +167,7 @@ class Space:
 
 
 def sites_of(config: Any) -> Sites:
-    """The sites of a model of this configuration, without its weights."""
+    """The sites of a model of this configuration, without its weights; with the pooler if the family has one."""
     with torch.device("meta"), quiet():
         return Sites(AutoModel.from_config(config))
 
