@@ -61,10 +61,10 @@ class Sizes:
     seeds: int = 3
     cost: float = 7.0
     """Houlsby trainings that the trials of the search may take together."""
-    trials: int = 30
+    trials: int = 24
     """Trials of a sampler's repeat."""
     repeats: int = 3
-    surrogate_repeats: int = 10
+    surrogate_repeats: int = 5
 
 
 FULL = Sizes()

@@ -60,7 +60,7 @@ def samplers_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[s
         guessed = np.array([one[-1] for one in runs])
         against = "–" if name == "random" else interval(paired([guessed[:, None]], [random[:, None]]))
         lines.append(row(name, spread(real) if real else "–", spread(list(guessed)), against))
-    return lines
+    return [*lines, "", f"![Hypervolume by trials](pictures/{PICTURE})"]
 
 
 def interval(difference: Difference, digits: int = 3) -> str:

@@ -213,8 +213,8 @@ def test_the_recommendation_is_one_sentence(tmp_path) -> None:
     assert said == (
         "Take lora[r=8] with the learning rate 0.001: accuracy 0.800 ± 0.014 over 2 seeds on 400 test rows with 8,000 "
         "trained parameters (1.000%), on development rows the best that trains at most 2.000% of the model of 3 "
-        "trained again out of 40 trials; against houlsby, the best single method of usual size, it is -0.010 (95 % interval "
-        "-0.030 to +0.010, which cannot be told from no difference) with 8,000 instead of 50,000 parameters."
+        "trained again out of 40 trials; against houlsby, the best single method of usual size, it is -0.010 (95 % "
+        "interval -0.030 to +0.010, which cannot be told from no difference) with 8,000 instead of 50,000 parameters."
     )
     assert "none that trains at most 2.000% of the model was found" in sentence(None, found, 40, None, None, 0.02)
 
