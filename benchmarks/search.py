@@ -262,7 +262,7 @@ def run_search(arena: Arena, seconds: float) -> list[Trial]:
     """Trials until they have taken so many training seconds together."""
     about = {"rows": arena.sizes.train, "epochs": arena.sizes.epochs, "seconds": "by the cost of houlsby"}
     study = storage.open_study(
-        str(arena.folder / "study.journal"), ["maximize", "minimize"], about, storage.DEFAULT_SAMPLER, 0
+        storage.reach(str(arena.folder / "study.journal")), ["maximize", "minimize"], about, storage.DEFAULT_SAMPLER, 0
     )
     tries = Tries(study, arena.space, arena.bench, arena.plan, OBJECTIVES, storage.DEFAULT_SAMPLER, alone=True)
     while sum(trial.seconds for trial in finished(study)) < seconds:

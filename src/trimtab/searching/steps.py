@@ -77,7 +77,6 @@ def search(
     begun = time.monotonic()
     check_numbers(seeds, minutes, dev_share, (1.0,))
     _check(trials, points, max_share, worker, storage)
-    storages.optuna()
     storages.sampler(sampler, 0)
     source = find_task(settings)
     check_texts(source, ())
@@ -92,6 +91,7 @@ def search(
     named = [member.name for member in space.members]
     about = {**_own(settings), "objectives": list(objectives), "dev_share": dev_share, "space": named}
     check_folder(folder, about, ABOUT)
+    reached = storages.reach(storage) if storage is not None else None
     if not (folder / ABOUT).is_file():
         begin_folder(folder, settings, source, dev_share, "architectures")
         write_json(folder / ABOUT, about)
@@ -99,7 +99,9 @@ def search(
         shared = {key: value for key, value in about.items() if key not in ("model", "data", "eval_data")}
         shared |= {"base": model_fingerprint(bench.base.model), "rows": _digest(folder)}
         ways = [("minimize" if name in COSTS or not plan.higher else "maximize") for name in objectives]
-        study = storages.open_study(storage or str(folder / JOURNAL), ways, shared, sampler, settings.seed)
+        study = storages.open_study(
+            reached or storages.reach(str(folder / JOURNAL)), ways, shared, sampler, settings.seed
+        )
         tries = Tries(study, space, bench, plan, objectives, sampler, alone=storage is None)
         until = math.inf if minutes is None else begun + SEARCHED * 60 * minutes
         tries.all(trials if trials or minutes else TRIALS, until, show)

@@ -35,7 +35,7 @@ def optuna() -> Any:
         import optuna
     except ModuleNotFoundError:
         raise UserError("a search needs optuna, which is not installed: pip install 'trimtab[search]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
 
@@ -54,44 +54,38 @@ def sampler(name: str, seed: int) -> Any:
     return samplers.RandomSampler(seed=seed)
 
 
-def open_study(storage: str, directions: Sequence[str], about: Mapping[str, Any], method: str, seed: int) -> Any:
-    """The study in a journal file or a database, made if there is none.
-
-    Raises UserError where the storage cannot be reached, and where its study is of something else.
-    """
+def reach(storage: str) -> Any:
+    """Optuna's storage behind a journal file's path or a database's URL. Raises UserError where there is none."""
     library = optuna()
     try:
-        study = library.create_study(
-            study_name=STUDY,
-            storage=_storage(library, storage),
-            sampler=sampler(method, seed),
-            directions=list(directions),
-            load_if_exists=True,
-        )
-        began = study.user_attrs.get(ABOUT)
-        if began is None:
-            study.set_user_attr(ABOUT, dict(about))
-            began = dict(about)
-    except UserError:
-        raise
+        if "://" in storage:
+            return library.storages.RDBStorage(storage)
+        return library.storages.JournalStorage(library.storages.journal.JournalFileBackend(os.path.expanduser(storage)))
     except Exception as error:  # each database has exceptions of its own
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(f"the storage {_without_password(storage)!r} cannot be reached: {reason}") from error
+
+
+def open_study(reached: Any, directions: Sequence[str], about: Mapping[str, Any], method: str, seed: int) -> Any:
+    """The study in a storage, made if there is none. Raises UserError where it is a study of something else."""
+    study = optuna().create_study(
+        study_name=STUDY,
+        storage=reached,
+        sampler=sampler(method, seed),
+        directions=list(directions),
+        load_if_exists=True,
+    )
+    began = study.user_attrs.get(ABOUT)
+    if began is None:
+        study.set_user_attr(ABOUT, dict(about))
+        return study
     for key in [*about, *began]:
         if began.get(key) != about.get(key):
             raise UserError(
-                f"the study in {_without_password(storage)!r} began with {key}={began.get(key)!r}, not "
-                f"{about.get(key)!r}; go on with the same settings, or choose another storage"
+                f"the study in this storage began with {key}={began.get(key)!r}, not {about.get(key)!r}; go on with "
+                "the same settings, or choose another storage"
             )
     return study
-
-
-def _storage(library: Any, storage: str) -> Any:
-    if "://" in storage:
-        return library.storages.RDBStorage(storage)
-    from optuna.storages.journal import JournalFileBackend
-
-    return library.storages.JournalStorage(JournalFileBackend(os.path.expanduser(storage)))
 
 
 def _without_password(storage: str) -> str:
