@@ -52,7 +52,7 @@ class Sizes:
     sampler_model: str = "bert-tiny"
     """What samplers are compared on."""
     train: int = 400
-    dev: int = 200
+    dev: int = 300
     test: int = 1000
     epochs: float = 3.0
     lengths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"sarcasm": 64, "reviews": 64, "bbc": 32})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -199,8 +200,6 @@ def test_what_is_trained_again() -> None:
 
 
 def test_the_choice_is_made_by_the_development_rows() -> None:
-    import dataclasses
-
     better = dataclasses.replace(CLOSE, runs=tuple(dataclasses.replace(one, dev=0.9) for one in CLOSE.runs))
     assert choose([BEST, better, WORSE], None, 1) is better  # BEST is better on the test rows
     assert choose([BEST, better, WORSE], None, -1) is WORSE  # of equals the smaller
@@ -458,7 +457,20 @@ def test_without_optuna_there_is_one_sentence(monkeypatch) -> None:
 
 
 def test_describe_runs_and_writes_nothing(tmp_path, model, data) -> None:
-    done = run("search", "--model", model, "--data", data, "--output", tmp_path / "out", "--describe", "--trials", "9")
+    done = run(
+        "search",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--describe",
+        "--trials",
+        "9",
+        "--max-length",
+        "32",
+    )
     assert done.exit_code == 0, (done.output, done.exception)
     for said in ("lora       off, or size 1, 2, 4, 8", "ia3        off or on", "29,998 architectures", "9 trials"):
         assert said in done.stdout
@@ -467,6 +479,8 @@ def test_describe_runs_and_writes_nothing(tmp_path, model, data) -> None:
 
 def test_the_command_writes_a_report(finished, tmp_path, model, data) -> None:
     folder, found = finished
+    layers = tuple(layer_map("lora[r=2,layers=1]|ia3", 2))
+    found = dataclasses.replace(found, method="lora[r=2,layers=1]|ia3", layers=layers)
     report.write_report(found)
     made = (folder / "report.html").read_text()
     page = Page(made)
@@ -474,7 +488,13 @@ def test_the_command_writes_a_report(finished, tmp_path, model, data) -> None:
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     text = " ".join(" ".join(page.text).split())
-    for said in ("Which architecture?", "What was found", "layer 0", "All 5 trials", "accuracy, parameters"):
+    for said in (
+        "Which architecture?",
+        "What was found",
+        "layer 1 on 2 layer 0 on –",
+        "All 5 trials",
+        "accuracy, parameters",
+    ):
         assert said in text, said
     assert " ".join(found.recommendation.split()) in text
     assert all(" ".join(command.split()) in text for command in found.commands.values())

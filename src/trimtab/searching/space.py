@@ -197,7 +197,8 @@ def space_of(config: Any, names: Sequence[str] | None, head: bool, max_length: i
         if member.fields:
             grid = _grid(min(member.most, width // 2 if member.bounded else text // 8))
             sizes[member.name] = tuple(size for size in grid if _leaves_room(member.of(size, None), config, max_length))
-    members = tuple(member for member in fitting if not member.fields or sizes[member.name])
+    sizes = {name: grid for name, grid in sizes.items() if grid}
+    members = tuple(member for member in fitting if not member.fields or member.name in sizes)
     layers = min(len(found) for found in sites.layer_modules.values())
     return Space(members, sizes, layers, sites, head)
 
