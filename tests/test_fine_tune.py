@@ -236,7 +236,7 @@ def test_a_cache_folder_is_given_back_and_one_without_use_is_named(
 
 def test_base_and_adapter_are_searched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab import run_data
-    from trimtab.search import Search
+    from trimtab.beams import Search
 
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(run_data, "evaluate", lambda *args, **how: asked.append(how) or {})

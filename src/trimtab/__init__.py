@@ -43,6 +43,8 @@ if TYPE_CHECKING:
         Side,
         Union,
     )
+    from trimtab.searching.results import SearchResult
+    from trimtab.searching.steps import search
     from trimtab.settings import TrainSettings
     from trimtab.train import fine_tune
     from trimtab.trainer import Trainer
@@ -59,6 +61,8 @@ _HOME = {
     "compare": "comparison.steps",
     "load": "checkpoint",
     "Method": "contract",
+    "SearchResult": "searching.results",
+    "search": "searching.steps",
     "UserError": "errors",
     "TrainSettings": "settings",
     "Trainer": "trainer",
@@ -93,6 +97,7 @@ __all__ = [
     "Pfeiffer",
     "Prefix",
     "Prompt",
+    "SearchResult",
     "Side",
     "TrainSettings",
     "Trainer",
@@ -107,6 +112,7 @@ __all__ = [
     "fine_tune",
     "load",
     "load_run",
+    "search",
 ]
 __version__ = "0.1.0"
 

@@ -34,6 +34,7 @@ WIDTH = 120
 _GO_ON = {
     "train": "; go on with the same command and --resume",
     "compare": "; what is finished is kept, go on with the same command",
+    "search": "; finished trials are kept, go on with the same command",
 }
 """What an interrupted command says."""
 
@@ -323,6 +324,105 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
 
 _set_signature(compare, _compare_parameters())
 command("compare")(compare)
+
+
+# -- search -------------------------------------------------------------------------------------------------------
+
+
+def search(**flags: Any) -> None:
+    """Look for the architecture that fits a task: which methods, of which size, in which layers.
+
+    Trials are scored on a development split; the best ones are trained again with several seeds and scored once on the
+    test rows. Writes report.html, results.json, the adapters and the best one; the same command goes on.
+    """
+    from trimtab.config import resolve
+
+    names = ("trials", "minutes", "objective", "storage", "seeds", "points", "max_share", "dev_share")
+    own = {name: flags.pop(name) for name in (*names, "sampler", "worker")}
+    methods, only_describe = flags.pop("methods"), flags.pop("describe")
+    if methods is not None:
+        own["methods"] = [part.strip() for part in methods.split(",") if part.strip()]
+    settings = resolve(None, (), {"output": "described", **flags} if only_describe and not flags["output"] else flags)
+    _hush_libraries()
+    from trimtab.searching.steps import describe
+    from trimtab.searching.steps import search as run
+
+    if only_describe:
+        shown = ("objective", "methods", "trials", "minutes", "seeds", "points")
+        print(*describe(settings, **{name: own[name] for name in shown if name in own}), sep="\n")
+        return
+    found = run(settings, **own)
+    if found is None:
+        return
+    from trimtab.comparison.report import REPORT, failures, table
+    from trimtab.searching.report import front_table
+
+    _show(front_table(found))
+    _show(table(found.comparison))
+    for line in failures(found.comparison):
+        print(f"failed  {line}")
+    print(found.recommendation, *([found.adapter] if found.adapter else []), Path(found.folder) / REPORT, sep="\n")
+
+
+def _search_parameters() -> list[inspect.Parameter]:
+    """The search's own options, and those settings of a run that all trials share."""
+    own: list[tuple[str, Any, Any]] = [
+        ("trials", Annotated[int | None, typer.Option(metavar="N", help="Trials of the study in all.")], None),
+        ("minutes", Annotated[float | None, typer.Option(metavar="N", help="Minutes for everything.")], None),
+        (
+            "objective",
+            Annotated[
+                str | None,
+                typer.Option(metavar="NAME,…", help="One metric, and parameters, seconds; default: METRIC,parameters."),
+            ],
+            None,
+        ),
+        (
+            "storage",
+            Annotated[
+                str | None,
+                typer.Option(metavar="URL", help="Journal file or database that several processes share."),
+            ],
+            None,
+        ),
+        (
+            "worker",
+            Annotated[bool, typer.Option("--worker", help="Only add trials to the study in --storage.")],
+            False,
+        ),
+        ("seeds", Annotated[int, typer.Option(metavar="N", help="Runs of each architecture trained again.")], 3),
+        ("points", Annotated[int, typer.Option(metavar="N", help="Architectures trained again at most.")], 4),
+        (
+            "max_share",
+            Annotated[
+                float | None, typer.Option(metavar="X", help="Largest share of the parameters that may be trained.")
+            ],
+            None,
+        ),
+        (
+            "methods",
+            Annotated[
+                str | None, typer.Option(metavar="METHOD,…", help="Members of the space; default: all that fit.")
+            ],
+            None,
+        ),
+        ("dev_share", Annotated[float, typer.Option(metavar="X", help="Share of the training rows to score by.")], 0.2),
+        ("sampler", Annotated[str, typer.Option(metavar="NAME", help="nsga2, tpe, gp or random.")], "tpe"),
+        (
+            "describe",
+            Annotated[bool, typer.Option("--describe", help="Print the space and its size, and run nothing.")],
+            False,
+        ),
+    ]
+    shared = [(name, text) for name, text in field_docs(TrainSettings).items() if name not in _NOT_COMPARED]
+    return [
+        *(_keyword(name, annotation, value) for name, annotation, value in own),
+        *(_keyword(name, _option_of(name, text), None) for name, text in shared),
+    ]
+
+
+_set_signature(search, _search_parameters())
+command("search")(search)
 
 
 # -- using a run --------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.beams import GREEDY, Search
 from trimtab.metrics import classification_metrics
 from trimtab.scoring import LONGEST_ANSWER, Run
-from trimtab.search import GREEDY, Search
 from trimtab.text_metrics import corpus_bleu
 
 __all__ = ["BATCH_TOKENS", "LONGEST_ANSWER", "classification_metrics", "corpus_bleu", "evaluate", "predict"]

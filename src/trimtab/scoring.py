@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trimtab.adapter import adapters
 from trimtab.bars import progress
 from trimtab.batches import Collator, TokenBatches, input_length, length, pad, read, unlabelled
+from trimtab.beams import GREEDY, Search
 from trimtab.head import IGNORED, decoder_inputs, select_positions
 from trimtab.hooks import unchanging
 from trimtab.lengths import new_tokens
 from trimtab.objectives import Objective, Tokens, places, whole_inputs
 from trimtab.prefix_share import shared_prefix
-from trimtab.search import GREEDY, Search
 from trimtab.stages import NAME as STAGES
 from trimtab.virtual import placed_embeddings
 

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trimtab.adapter import adapters
+from trimtab.beams import GREEDY, Search, check_search
 from trimtab.checkpoint import load, read_adapter_config
 from trimtab.data import limit, resolve
 from trimtab.errors import UserError
@@ -22,7 +23,6 @@ from trimtab.methods.spec import method_from_dict
 from trimtab.models import Kind, kind_of, load_config, load_for, same_source
 from trimtab.run_data import encode, load_reader, load_rows_of, split_rows
 from trimtab.run_folder import RUN, begun
-from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, encode_all, task_from_config
 
