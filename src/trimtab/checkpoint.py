@@ -46,6 +46,8 @@ BITS = "bits"
 """The key under which the safetensors file says how many packed bits it holds."""
 ENCODER = "encoder"
 """The key under which the configuration says which vision encoder an adapter looks at pictures through."""
+ROOM, ROOM_AT_LEAST = 4, 1 << 20
+"""A configuration may ask for so many times the numbers in its file, and so many more."""
 _METHOD = "method"
 """The key under which the safetensors file says whose tensors it holds."""
 _SAMPLES = 1024  # elements of each tensor that enter the fingerprint
@@ -330,7 +332,7 @@ def load(
     try:
         _check_encoder(adapter, config, folder, force)
         if labels:
-            _check_labels(labels, tensors, folder)
+            _check_labels(adapter, labels, tensors, folder)
             adapter.fit_head(labels)
         adapter.fit_tensors(tensors)
         adapter.load_state_dict(tensors)
@@ -342,19 +344,26 @@ def load(
 
 
 def _check_room(method: Any, sites: Sites, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Raises UserError where a configuration asks for more numbers than its tensors have, before they are made."""
+    """Raises UserError where a configuration asks for far more numbers than its tensors have, before they are made.
+
+    Some more are let through: the error that lists missing and mis-shaped tensors says more.
+    """
     held = sum(tensor.numel() for tensor in tensors.values())
     try:
         wanted = method.parameter_count(sites)
     except ArithmeticError as error:
         raise UserError(f"{folder}: the sizes of {method.name} mean nothing: {error}") from None
-    if wanted > held:
-        raise UserError(f"{folder}: the configuration asks for more numbers than the {held:,} in {WEIGHTS}")
+    if wanted > ROOM * held + ROOM_AT_LEAST:
+        raise UserError(f"{folder}: the configuration asks for far more numbers than the {held:,} in {WEIGHTS}")
 
 
-def _check_labels(labels: Sequence[str], tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Raises UserError where no tensor has a row a label, before a head is made for them."""
-    if not any(tensor.dim() and tensor.shape[0] == len(labels) for tensor in tensors.values()):
+def _check_labels(
+    adapter: Adapter, labels: Sequence[str], tensors: Mapping[str, torch.Tensor], folder: str | Path
+) -> None:
+    """Raises UserError where no tensor has a row a label, before a head is made for more of them than the base has."""
+    if len(labels) > len(adapter._entry.labels) and not any(
+        tensor.dim() and tensor.shape[0] == len(labels) for tensor in tensors.values()
+    ):
         raise UserError(f"{folder} has {len(labels):,} labels, and no tensor in {WEIGHTS} has as many rows")
 
 
