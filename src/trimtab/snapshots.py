@@ -65,7 +65,8 @@ def _check_sums(checkpoint: Path) -> None:
         path = checkpoint / Path(name).name
         if not path.is_file() or digest(path) != known:
             raise UserError(
-                f"{path} is damaged: its bytes are not those that were saved; delete {checkpoint.name} to go on without it"
+                f"{path} is damaged: its bytes are not those that were saved; "
+                f"delete {checkpoint.name} to go on without it"
             )
 
 
