@@ -382,7 +382,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
         save(self, folder)
 
     monkeypatch.setattr(Trainer, "_save_rng_state", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         trainer.train()
     assert (tmp_path / ".checkpoint-10").is_dir()
     assert checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]

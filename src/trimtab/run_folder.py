@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from trimtab import config
-from trimtab.checkpoint import COMBINED, CONFIG, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
+from trimtab.checkpoint import COMBINED, CONFIG, NEXT, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
 from trimtab.errors import UserError
+from trimtab.files import writing
 from trimtab.methods.spec import method_to_dict, parse_method
 from trimtab.models import portable, same_source
 from trimtab.report import read_object, write_report
@@ -19,7 +20,7 @@ from trimtab.settings import PLACES, TrainSettings
 from trimtab.snapshots import ABOUT, checkpoints, remove
 
 RUN, LOG, METRICS = "run.yaml", "log.jsonl", "metrics.json"
-WRITTEN = (RUN, LOG, METRICS, "README.md", "curves.svg", CONFIG, WEIGHTS, "preprocessor_config.json")
+WRITTEN = (RUN, LOG, METRICS, "README.md", "curves.svg", CONFIG, NEXT, WEIGHTS, "preprocessor_config.json")
 """What a run writes besides checkpoint-N; `overwrite` replaces these and nothing else."""
 WHOLE = (WHOLE_CONFIG, "config.json", "generation_config.json", "model*.safetensors*", "token*", "*.jinja", "special*")
 """What full fine-tuning writes more; deleted only where trimtab wrote a whole model before."""
@@ -118,9 +119,10 @@ def begun(folder: Path) -> TrainSettings | None:
 
 def begin(folder: Path, settings: TrainSettings) -> None:
     """Clear the folder of an earlier run if asked to, and write run.yaml."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.overwrite:
-        _clear(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.overwrite:
+            _clear(folder)
     values = {**settings_to_dict(settings), "versions": {name: version(name) for name in _PACKAGES}}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     atomic_write(folder / RUN, lambda path: _write(path, text))

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trimtab.bars import Bar, progress
 from trimtab.checkpoint import atomic_write
 from trimtab.errors import UserError
+from trimtab.files import writing
 from trimtab.snapshots import checkpoint_path, last_checkpoint, remove
 
 
@@ -83,7 +84,7 @@ class StepLog(TrainerCallback):
         }
         self.meter.clear()
         if self.path and state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -96,7 +97,10 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.is_file() or step == 0:
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [row for row in map(json.loads, whole) if row["step"] <= step]
+    try:
+        return [row for row in map(json.loads, whole) if row["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, the run cannot be resumed with it: {error}") from None
 
 
 @dataclass
