@@ -35,7 +35,7 @@ def trials_picture(found: SearchResult) -> Figure:
     axis.grid(alpha=0.15, color=INK)
     axis.margins(x=0.12, y=0.1)
     figure.draw_without_rendering()
-    name_points(axis, [(one.start, _x(one), one.score) for one in _starts(found.trials)], INK)
+    name_points(axis, [(str(one.start), _x(one), one.score) for one in _starts(found.trials)], INK)
     return figure
 
 
