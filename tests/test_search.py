@@ -226,6 +226,7 @@ def test_objectives() -> None:
 # -- a whole search -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_of_a_trial_gives_its_score(finished, tmp_path) -> None:
     _, found = finished
     one = next(one for one in found.trials if one.start == "ia3")
@@ -362,6 +363,7 @@ def test_samplers_know_spaces_with_switches(name, tmp_path) -> None:
     assert len(made.trials) == 10 and all(one.state.name == "COMPLETE" for one in made.trials)
 
 
+@pytest.mark.slow
 def test_a_database_is_a_storage(tmp_path, model, data) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     asked = settings(model, data, tmp_path / "out")

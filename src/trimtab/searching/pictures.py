@@ -35,13 +35,13 @@ def trials_picture(found: SearchResult) -> Figure:
     axis.grid(alpha=0.15, color=INK)
     axis.margins(x=0.12, y=0.1)
     figure.draw_without_rendering()
-    name_points(axis, [(start, _x(one), one.score) for start, one in _starts(found.trials).items()], INK)
+    name_points(axis, [(str(one.start), _x(one), one.score) for one in _starts(found.trials)], INK)
     return figure
 
 
-def _starts(trials: Sequence[Trial]) -> dict[str, Trial]:
+def _starts(trials: Sequence[Trial]) -> list[Trial]:
     """One trial a start: a repeated one has the same figures."""
-    return {one.start: one for one in trials if one.start is not None}
+    return list({one.start: one for one in trials if one.start is not None}.values())
 
 
 def _x(trial: Trial) -> float:
