@@ -21,7 +21,7 @@ $(BIN)/pip:
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "installing into $(VENV); this takes some minutes the first time"
 	$(PIP) install --no-warn-conflicts -c constraints.txt $(TORCH)
-	$(PIP) install --no-warn-conflicts -c constraints.txt -e '.[dev,metrics]'
+	$(PIP) install --no-warn-conflicts -c constraints.txt -e '.[dev,metrics,search]'
 	$(PIP) install --no-deps --ignore-requires-python $(REAL)
 	@touch $@
 

@@ -237,8 +237,8 @@ def dev_loss(model: Any, tokenizer: Any, examples: list[Any]) -> float:
 
 def write_texts(path: str, folder: Path, texts: Texts) -> Figures:
     """The texts for the test tables, and their metrics."""
+    from trimtab.beams import Search
     from trimtab.evaluate import predict
-    from trimtab.search import Search
     from trimtab.text_metrics import text_metrics
 
     model, tokenizer = trained(folder / texts.trained.name), base()[1]

@@ -45,7 +45,7 @@ SHAPE: dict[str, Any] = dict(
 DINOV2_SIZE = 22_056_576 + 7_690
 """Parameters of DINOv2-S and of a head for ten classes on its class token and its patches' mean."""
 SHARE = 0.05
-"""What a small method may train of full fine-tuning's parameters."""
+"""What a small method may keep of full fine-tuning's parameters."""
 POINT = 0.01
 """How far below full fine-tuning's accuracy the best of them may stay."""
 Pictures = NDArray[np.uint8]
@@ -70,6 +70,7 @@ ENTRIES = (
     Entry("prefix", "prefix[length=16,form=flat]", (1e-2, 3e-2)),
     Entry("houlsby", "houlsby[size=6]", (3e-3, 1e-2)),
     Entry("lora", "lora[r=4,targets=q,k,v,o]", (3e-3, 1e-2)),
+    Entry("diff-pruning", "diff-pruning[share=0.045,layers=0:]", (1e-2, 3e-2)),
     Entry("head", "head", (1e-2, 3e-2)),
 )
 DINOV2 = (
@@ -230,6 +231,7 @@ def digest(base: Path) -> str:
 def run(folder: Path, cell: Cell) -> Figures:
     """Tune the base as the cell says; the figures of the dev and the test digits."""
     import trimtab as tt
+    from trimtab.checkpoint import WEIGHTS
     from trimtab.models import quiet
 
     data = sides(folder, cell)
@@ -242,11 +244,20 @@ def run(folder: Path, cell: Cell) -> Figures:
         )  # fmt: skip
         metrics = tt.fine_tune(settings, show=False)
         tested = tt.evaluate_run(output, data["test"], show=False)
+        kept = metrics["parameters"]["trainable"] if cell.method == "full" else stored(output / WEIGHTS)
     return {
         "dev_accuracy": metrics["after"]["accuracy"], "dev_loss": metrics["after"]["loss"],
         "test_accuracy": tested["accuracy"], "test_loss": tested["loss"], "seconds": metrics["train"]["seconds"],
         "trained": metrics["parameters"]["trainable"], "bytes": metrics["bytes"],
+        "kept": kept,
     }  # fmt: skip
+
+
+def stored(file: Path) -> int:
+    """How many numbers an adapter's file holds, positions of sparse ones left out."""
+    from safetensors.torch import load_file
+
+    return sum(tensor.numel() for tensor in load_file(file).values() if tensor.is_floating_point())
 
 
 def estimate(cell: Cell) -> float:
@@ -297,18 +308,28 @@ def score_lines(best: Mapping[str, list[Cell]], results: Mapping[Cell, Figures],
     """The table of the chosen rates, and what it lacks; `whole` is what full fine-tuning trains."""
     if not any(best.values()):
         return ["No results yet."]
-    lines = header("method", "trained", "share of full", "learning rate", "dev accuracy", "test accuracy", "seconds")
+    lines = header(
+        "method", "trained", "kept", "share of full", "learning rate", "dev accuracy", "test accuracy", "seconds"
+    )
     for cells in best.values():
         if not cells:
             continue
         own = [results[cell] for cell in cells]
-        share = f"{own[0]['trained'] / whole:.1%}" if whole else "–"
+        share = f"{kept(own[0]) / whole:.1%}" if whole else "–"
         dev, test = (points([one[f"{side}_accuracy"] for one in own]) for side in ("dev", "test"))
         seconds = f"{statistics.fmean(one['seconds'] for one in own):.0f}"
         lines.append(
-            row(f"`{cells[0].method}`", f"{own[0]['trained']:,}", share, f"{cells[0].lr:g}", dev, test, seconds)
-        )
+            row(
+                f"`{cells[0].method}`", f"{own[0]['trained']:,}", f"{kept(own[0]):,}", share, f"{cells[0].lr:g}", dev,
+                test, seconds,
+            )
+        )  # fmt: skip
     return [*lines, "", *missing_lines(best)]
+
+
+def kept(figures: Figures) -> int:
+    """The parameters that are stored; as many as are trained where the run did not say otherwise."""
+    return int(figures.get("kept", figures["trained"]))
 
 
 def points(values: Sequence[float]) -> str:
@@ -349,7 +370,7 @@ def goal_lines(best: Mapping[str, list[Cell]], results: Mapping[Cell, Figures]) 
         if name == "full" or not cells:
             continue
         mean = statistics.fmean(results[cell]["test_accuracy"] for cell in cells)
-        share = results[cells[0]]["trained"] / size
+        share = kept(results[cells[0]]) / size
         verdict = "yes" if mean >= whole - POINT and share <= SHARE else "no"
         lines.append(
             f"- {name} within a point of full with at most {SHARE:.0%} of its parameters: **{verdict}** "

@@ -19,6 +19,7 @@ from typing import Any
 from trimtab.adapter import supported
 from trimtab.arch import FAMILIES
 from trimtab.methods import METHODS
+from trimtab.methods.borrowed import facts
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -103,7 +104,17 @@ def _where(name: str, method: Any, families: tuple[str, ...], chinese: bool) -> 
     return f"{name} ({note}{', '.join(missing)})" if missing else name
 
 
+def bridge_table() -> str:
+    """One row a method of peft's, as it was found out (benchmarks/bridge.py)."""
+    rows = []
+    for name, one in facts()["methods"].items():
+        answers = ["yes" if one[key] else "no" for key in ("works", "merges")]
+        rows.append((f"`peft:{name}`", *answers, one["why"]))
+    return f"Found out with peft {facts()['peft']}.\n\n" + _table(("method", "works", "merges", "why not"), rows)
+
+
 BLOCKS = {
+    "bridge": bridge_table,
     "methods": methods_table,
     "families": families_table,
     "methods-zh": lambda: methods_table(chinese=True),

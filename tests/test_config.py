@@ -118,7 +118,10 @@ def test_all_mistakes_come_at_once(tmp_path):
         ["--model is missing"],
         ["--output is missing"],
         ["method:", "field of lora 'rank'", "allowed: r, alpha"],
-        ["task='clasify' (run.yaml)", "'classify', 'regress', 'tag', 'choose' or 'generate'", "did you mean classify?"],
+        [
+            *("task='clasify' (run.yaml)", "'classify', 'regress', 'tag', 'span', 'choose' or 'generate'"),
+            "did you mean classify?",
+        ],
         ["epochs='-1' (run.yaml)", "greater than 0"],
         ["lr='fast'", "must be a valid number"],
     ]

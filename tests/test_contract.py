@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import trimtab as tt
-from tiny import CAUSAL, ENCODERS, FAMILIES, VISION, inputs, output, tiny
+from small_models import small_model
+from tiny import CAUSAL, ENCODERS, FAMILIES, SEQ2SEQ, VISION, inputs, output, tiny
 from trimtab.adapter import folded_method, supported
 from trimtab.arch import FAMILIES as KNOWN
 
@@ -90,6 +91,9 @@ def _pairs() -> Iterator[Any]:
     for variant, families in VARIANTS.items():
         for family in families:
             yield pytest.param(variant, family, id=f"{variant}-{family}")
+    for family in FAMILIES if os.environ.get("TRIMTAB_TEST_ALL") else ("llama", "bert", "vit"):
+        if family not in SEQ2SEQ:
+            yield pytest.param(f"side[model={small_model(family)}]", family, id=f"side[model=…]-{family}")
     for union in UNIONS:
         for family in SHORT:
             yield pytest.param(union, family, id=f"{union}-{family}")

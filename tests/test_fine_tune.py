@@ -236,7 +236,7 @@ def test_a_cache_folder_is_given_back_and_one_without_use_is_named(
 
 def test_base_and_adapter_are_searched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     from trimtab import run_data
-    from trimtab.search import Search
+    from trimtab.beams import Search
 
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(run_data, "evaluate", lambda *args, **how: asked.append(how) or {})
@@ -272,6 +272,6 @@ def test_a_loss_that_is_not_finite_leaves_no_results(
 ) -> None:
     compute = Trainer.compute_loss
     monkeypatch.setattr(Trainer, "compute_loss", lambda *a, **k: compute(*a, **k) * float("inf"))
-    with pytest.raises(UserError, match=r"the loss became inf at step 1 \(learning rate .*no checkpoint yet"):
+    with pytest.raises(UserError, match=r"the loss became inf at step 1 \(learning rate .*no good checkpoint yet"):
         fine_tune(settings(bases["encoder"], data, tmp_path / "out"))
     assert not (tmp_path / "out" / "metrics.json").exists()

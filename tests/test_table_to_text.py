@@ -18,10 +18,10 @@ from test_evaluate import naive_score, prompts, tokenizer
 from test_evaluate import tiny as scored
 from tiny import tiny
 from trimtab.batches import Collator
+from trimtab.beams import Search
 from trimtab.errors import UserError
 from trimtab.evaluate import evaluate, predict
 from trimtab.run_data import split_rows
-from trimtab.search import Search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Generate, encode_all
 from trimtab.trainer import Trainer

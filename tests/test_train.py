@@ -382,7 +382,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
         save(self, folder)
 
     monkeypatch.setattr(Trainer, "_save_rng_state", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         trainer.train()
     assert (tmp_path / ".checkpoint-10").is_dir()
     assert checkpoints(tmp_path) == [tmp_path / "checkpoint-5"]
@@ -470,6 +470,41 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(tmp
     with pytest.raises(UserError, match=r"at step 7 \(learning rate .*last good checkpoint is .*checkpoint-5"):
         trainer.train()
     assert all(torch.isfinite(p).all() for p in adapter.parameters())
+
+
+@pytest.mark.parametrize(("rate", "broken", "kept"), [(1e30, False, 1), (0.01, True, 3)])
+def test_numbers_that_explode_leave_a_checkpoint_to_go_on_from(
+    tmp_path: Path, rate: float, broken: bool, kept: int
+) -> None:
+    """A real explosion and an injected NaN: the checkpoint that gives such a loss is not kept, the one before is."""
+
+    class Explodes(Trainer):
+        broken = False
+
+        def compute_loss(self, *args: Any, **options: Any) -> Any:
+            loss = super().compute_loss(*args, **options)
+            return loss * float("nan") if self.broken and self.state.global_step == kept + 1 else loss
+
+    def trainer(rate: float) -> Explodes:
+        torch.manual_seed(0)
+        model = tiny_llama()
+        how = arguments(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=1, learning_rate=rate)
+        how.warmup_steps = 1  # the first step's rate is 0
+        return Explodes(model, how, adapter=tt.attach(model, "lora"), train_dataset=examples())
+
+    first = trainer(rate)
+    first.broken = broken
+    said = rf"the (loss became nan|gradient became non-finite.*) at step {kept + 2} .*checkpoint-{kept}; go on"
+    with pytest.raises(UserError, match=said):
+        first.train()
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{kept}"]
+    again = trainer(0.001)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == again.state.max_steps
+    after = [line["learning_rate"] for line in again.state.log_history if kept < line["step"] < again.state.max_steps]
+    assert len(after) > 5 and all(0 < one <= 0.001 for one in after)
+    assert all(torch.isfinite(p).all() for p in again.adapter.parameters())
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{again.state.max_steps}"]
 
 
 def test_a_batch_without_any_label_is_no_nan(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_page_has_a_place_for_everything(tmp_path: Path) -> None:
     }
     blocks = report(plan, results, pretrained)
     page = fill((ROOT / "docs/vision.md").read_text(encoding="utf-8"), blocks, "vision.md")
-    assert "| `lora[r=4,targets=q,k,v,o]` | 40 | 4.0% | 0.003 | 99.0 ± 0.0 | 96.2 ± 0.0 | 2 |" in page
+    assert "| `lora[r=4,targets=q,k,v,o]` | 40 | 40 | 4.0% | 0.003 | 99.0 ± 0.0 | 96.2 ± 0.0 | 2 |" in page
     assert "head has 2 of 3 seeds." in page and "90.0% of 2,000 of Fashion-MNIST" in page
     assert "- lora within a point of full with at most 5% of its parameters: **yes** (-0.8 points, 4.0%)" in page
     assert report(planned("other", quick=False), {}, None)["goal"] == ["Full fine-tuning has no result yet."]

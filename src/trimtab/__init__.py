@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trimtab.adapter import Adapter, adapters, attach
     from trimtab.bank import Bank
     from trimtab.checkpoint import load
+    from trimtab.combining import combine
     from trimtab.comparison.results import Comparison
     from trimtab.comparison.steps import compare
     from trimtab.contract import Method
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
         Side,
         Union,
     )
+    from trimtab.searching.results import SearchResult
+    from trimtab.searching.steps import search
     from trimtab.settings import TrainSettings
     from trimtab.train import fine_tune
     from trimtab.trainer import Trainer
@@ -51,12 +54,15 @@ _HOME = {
     "Adapter": "adapter",
     "adapters": "adapter",
     "attach": "adapter",
+    "combine": "combining",
     "convert": "conversion",
     "Bank": "bank",
     "Comparison": "comparison.results",
     "compare": "comparison.steps",
     "load": "checkpoint",
     "Method": "contract",
+    "SearchResult": "searching.results",
+    "search": "searching.steps",
     "UserError": "errors",
     "TrainSettings": "settings",
     "Trainer": "trainer",
@@ -91,6 +97,7 @@ __all__ = [
     "Pfeiffer",
     "Prefix",
     "Prompt",
+    "SearchResult",
     "Side",
     "TrainSettings",
     "Trainer",
@@ -98,12 +105,14 @@ __all__ = [
     "UserError",
     "adapters",
     "attach",
+    "combine",
     "compare",
     "convert",
     "evaluate_run",
     "fine_tune",
     "load",
     "load_run",
+    "search",
 ]
 __version__ = "0.1.0"
 

@@ -34,6 +34,7 @@ WIDTH = 120
 _GO_ON = {
     "train": "; go on with the same command and --resume",
     "compare": "; what is finished is kept, go on with the same command",
+    "search": "; finished trials are kept, go on with the same command",
 }
 """What an interrupted command says."""
 
@@ -47,7 +48,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
 )
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of `trimtab train`.", show_default=False)]
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="Output folder of `trimtab train`, or OWNER/NAME[@REVISION] on the hub.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 NewTokens = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Tokens to generate at most; default: as the run.")
@@ -160,7 +166,8 @@ def _hush_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     huggingface_hub.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.enable_progress_bars()
+    bars = huggingface_hub.utils
+    bars.enable_progress_bars() if sys.stderr.isatty() else bars.disable_progress_bars()
 
 
 def _show(table: Table) -> None:
@@ -186,14 +193,20 @@ def train(run_file: Path | None, assignments: list[str] | None, **flags: Any) ->
     from trimtab.config import resolve
     from trimtab.report import findings, read_run, result_table, size_line
 
+    repo = flags.pop("push")
     settings = resolve(run_file or _begun(flags), assignments or (), flags)
     _hush_libraries()
+    from trimtab.hub import check_push, push
     from trimtab.train import fine_tune
 
+    if repo is not None:
+        check_push(repo, settings.model, f"train without --push, then trimtab push {settings.output} {repo} --base …")
     fine_tune(settings)
     facts = read_run(settings.output)
     _show(result_table(facts))
     print(*findings(facts), size_line(facts), settings.output, sep="\n")
+    if repo is not None:
+        print(push(settings.output, repo))
 
 
 def _begun(flags: dict[str, Any]) -> Path | None:
@@ -210,10 +223,14 @@ def _train_parameters() -> list[inspect.Parameter]:
     pairs = Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; may be repeated.")
     ]
+    repo = Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Put the result on the Hugging Face Hub, with its card.")
+    ]
     return [
         _optional("run_file", file),
         *(_optional(name, _option_of(name, text)) for name, text in field_docs(TrainSettings).items()),
         _optional("assignments", pairs),
+        _optional("push", repo),
     ]
 
 
@@ -260,18 +277,18 @@ def compare(**flags: Any) -> None:
     from trimtab.comparison.report import REPORT, failures, table
     from trimtab.comparison.steps import compare as run
 
-    found = run(settings, listed, factors=_factors(factors), **own)
+    found = run(settings, listed, factors=_numbers("--lr-factors", factors), **own)
     _show(table(found))
     for line in failures(found):
         print(f"failed  {line}")
     print(found.recommendation, Path(found.folder) / REPORT, sep="\n")
 
 
-def _factors(text: str) -> list[float]:
+def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--lr-factors must be numbers with commas between them, not {text!r}") from None
+        raise UserError(f"{option} must be numbers with commas between them, not {text!r}") from None
 
 
 def _compare_parameters() -> list[inspect.Parameter]:
@@ -307,6 +324,105 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
 
 _set_signature(compare, _compare_parameters())
 command("compare")(compare)
+
+
+# -- search -------------------------------------------------------------------------------------------------------
+
+
+def search(**flags: Any) -> None:
+    """Look for the architecture that fits a task: which methods, of which size, in which layers.
+
+    Trials are scored on a development split; the best ones are trained again with several seeds and scored once on the
+    test rows. Writes report.html, results.json, the adapters and the best one; the same command goes on.
+    """
+    from trimtab.config import resolve
+
+    names = ("trials", "minutes", "objective", "storage", "seeds", "points", "max_share", "dev_share")
+    own = {name: flags.pop(name) for name in (*names, "sampler", "worker")}
+    methods, only_describe = flags.pop("methods"), flags.pop("describe")
+    if methods is not None:
+        own["methods"] = [part.strip() for part in methods.split(",") if part.strip()]
+    settings = resolve(None, (), {"output": "described", **flags} if only_describe and not flags["output"] else flags)
+    _hush_libraries()
+    from trimtab.searching.steps import describe
+    from trimtab.searching.steps import search as run
+
+    if only_describe:
+        shown = ("objective", "methods", "trials", "minutes", "seeds", "points")
+        print(*describe(settings, **{name: own[name] for name in shown if name in own}), sep="\n")
+        return
+    found = run(settings, **own)
+    if found is None:
+        return
+    from trimtab.comparison.report import REPORT, failures, table
+    from trimtab.searching.report import front_table
+
+    _show(front_table(found))
+    _show(table(found.comparison))
+    for line in failures(found.comparison):
+        print(f"failed  {line}")
+    print(found.recommendation, *([found.adapter] if found.adapter else []), Path(found.folder) / REPORT, sep="\n")
+
+
+def _search_parameters() -> list[inspect.Parameter]:
+    """The search's own options, and those settings of a run that all trials share."""
+    own: list[tuple[str, Any, Any]] = [
+        ("trials", Annotated[int | None, typer.Option(metavar="N", help="Trials of the study in all.")], None),
+        ("minutes", Annotated[float | None, typer.Option(metavar="N", help="Minutes for everything.")], None),
+        (
+            "objective",
+            Annotated[
+                str | None,
+                typer.Option(metavar="NAME,…", help="One metric, and parameters, seconds; default: METRIC,parameters."),
+            ],
+            None,
+        ),
+        (
+            "storage",
+            Annotated[
+                str | None,
+                typer.Option(metavar="URL", help="Journal file or database that several processes share."),
+            ],
+            None,
+        ),
+        (
+            "worker",
+            Annotated[bool, typer.Option("--worker", help="Only add trials to the study in --storage.")],
+            False,
+        ),
+        ("seeds", Annotated[int, typer.Option(metavar="N", help="Runs of each architecture trained again.")], 3),
+        ("points", Annotated[int, typer.Option(metavar="N", help="Architectures trained again at most.")], 4),
+        (
+            "max_share",
+            Annotated[
+                float | None, typer.Option(metavar="X", help="Largest share of the parameters that may be trained.")
+            ],
+            None,
+        ),
+        (
+            "methods",
+            Annotated[
+                str | None, typer.Option(metavar="METHOD,…", help="Members of the space; default: all that fit.")
+            ],
+            None,
+        ),
+        ("dev_share", Annotated[float, typer.Option(metavar="X", help="Share of the training rows to score by.")], 0.2),
+        ("sampler", Annotated[str, typer.Option(metavar="NAME", help="nsga2, tpe, gp or random.")], "tpe"),
+        (
+            "describe",
+            Annotated[bool, typer.Option("--describe", help="Print the space and its size, and run nothing.")],
+            False,
+        ),
+    ]
+    shared = [(name, text) for name, text in field_docs(TrainSettings).items() if name not in _NOT_COMPARED]
+    return [
+        *(_keyword(name, annotation, value) for name, annotation, value in own),
+        *(_keyword(name, _option_of(name, text), None) for name, text in shared),
+    ]
+
+
+_set_signature(search, _search_parameters())
+command("search")(search)
 
 
 # -- using a run --------------------------------------------------------------------------------------------------
@@ -371,11 +487,14 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="One of the texts to choose from (task choose); repeat for each."),
     ] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text in which the answer stands (task span).")
+    ] = None,
 ) -> None:
     """Answer a prompt, or about a picture, with a run's adapter.
 
     A classifier answers with the label, a regression with the number, a tagger with a line for each word (they stand
-    between spaces), and the task choose with one of the --choice texts.
+    between spaces), the task choose with one of the --choice texts, and the task span with a piece of the --context.
     """
     _hush_libraries()
     from trimtab.tuned import ask, load_run
@@ -383,26 +502,66 @@ def generate(
     run = load_run(folder).searching(
         num_beams=num_beams, length_penalty=length_penalty, no_repeat_ngram_size=no_repeat_ngram_size
     )
-    print(ask(run, prompt, max_new_tokens or run.max_new_tokens or NEW_TOKENS, choice or (), image))
+    print(ask(run, prompt, max_new_tokens or run.max_new_tokens or NEW_TOKENS, choice or (), image, context))
 
 
 @command("merge")
 def merge(
-    folder: Folder,
-    output: Annotated[
-        Path, typer.Option(metavar="DIR2", help="Folder to write the merged model into.", show_default=False)
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR…", help="One output folder, or several LoRA adapters to sum.", show_default=False),
     ],
+    output: Annotated[Path, typer.Option(metavar="DIR2", help="Folder to write into.", show_default=False)],
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="float32, float16 or bfloat16 for the merged weights; default: the run's."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest file of the merged model, e.g. 5GB; default: 50GB.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="X,…", help="Sum LoRAs instead: a weight for each; the sum is a LoRA, too.")
+    ] = None,
+    how: Annotated[
+        str | None,
+        typer.Option(
+            "--combine",
+            metavar="WAY",
+            help="How to sum: linear (default), cat, svd, ties, dare_linear, dare_ties, ties_svd, dare_linear_svd or "
+            "dare_ties_svd.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Rank of a sum that ends in an SVD.")] = None,
+    density: Annotated[float | None, typer.Option(metavar="X", help="Share that ties and dare keep.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of what dare keeps.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder has.")] = False,
 ) -> None:
-    """Write an adapter into the base's weights.
+    """Write an adapter into the base's weights, or several LoRAs into one.
 
-    The result is an ordinary model folder; it is written only if its logits are those of the adapter.
+    A merged model is an ordinary model folder; it is written only if its logits are those of the adapter. With
+    --weights the LoRAs' weighted sum is written as an adapter folder.
     """
+    _check_merge(folders, weights, how, rank, density, dtype, max_shard_size)
     _hush_libraries()
-    from trimtab.merging import merge_run
+    if weights is None:
+        from trimtab.merging import SHARD, merge_run
 
-    merge_run(folder, output, overwrite=overwrite)
+        merge_run(folders[0], output, dtype=dtype, max_shard_size=max_shard_size or SHARD, overwrite=overwrite)
+    else:
+        from trimtab.combining import combine
+
+        shares, options = _numbers("--weights", weights), {"rank": rank, "density": density, "seed": seed}
+        combine(folders, shares, output, how=how or "linear", **options, overwrite=overwrite)  # type: ignore[arg-type]
     print(output)
+
+
+def _check_merge(folders: list[str], weights: str | None, *options: Any) -> None:
+    """Raises UserError for options of the one kind of merging with the other."""
+    *of_sums, dtype, size = options
+    if weights is None and (len(folders) > 1 or any(one is not None for one in of_sums)):
+        raise UserError("a sum of LoRAs needs --weights, one for each adapter; without it one adapter is merged")
+    if weights is not None and (dtype is not None or size is not None):
+        raise UserError("--dtype and --max-shard-size belong to a merged model, and a sum of LoRAs is an adapter")
 
 
 @command("convert")
@@ -427,6 +586,25 @@ def convert(
     print(convert(folder, output, to=to, model=model, overwrite=overwrite))
 
 
+@command("push")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's or an adapter's folder.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where to put it.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Where the base is on the hub, if the folder cannot say.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Put an adapter on the Hugging Face Hub, with a model card.
+
+    The login is huggingface_hub's own (hf auth login, or HF_TOKEN). Checkpoints and logs stay here.
+    """
+    _hush_libraries()
+    from trimtab.hub import push
+
+    print(push(folder, repo, base=base, private=private))
+
+
 @command("demo")
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write into.")] = Path("demo-output"),
@@ -442,7 +620,12 @@ def demo(
 
 
 @command("methods")
-def methods(as_json: Json = False) -> None:
+def methods(
+    as_json: Json = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List every method of the installed peft, too, and whether it works here.")
+    ] = False,
+) -> None:
     """List the methods and what they cost."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
@@ -451,8 +634,9 @@ def methods(as_json: Json = False) -> None:
     from trimtab.arch import FAMILIES
 
     described = describe_methods()
+    borrowed, note = list_borrowed() if everything else ([], "")
     if as_json:
-        return _print_json(described)
+        return _print_json([*described, *borrowed])
     table = Table("name", "what it trains", "parameters", "merges", "families", box=SIMPLE_HEAD)
     for one in described:
         merges = "yes" if one["mergeable"] else "no"
@@ -461,6 +645,20 @@ def methods(as_json: Json = False) -> None:
         table.add_row(*(escape(cell) for cell in cells))
     _show(table)
     print(f"families: {', '.join(FAMILIES)}")
+    if borrowed:
+        table = Table("peft's method", "works", "merges", "why not", box=SIMPLE_HEAD)
+        for one in borrowed:
+            answers = ["not known" if one[key] is None else "yes" if one[key] else "no" for key in ("works", "merges")]
+            table.add_row(escape(one["name"]), *answers, escape(one["why"]))
+        _show(table)
+        print(note)
+
+
+def list_borrowed() -> tuple[list[dict[str, Any]], str]:
+    """The methods of the installed peft, and which peft they were tried with."""
+    from trimtab.methods.borrowed import listed
+
+    return listed()
 
 
 def describe_methods() -> list[dict[str, Any]]:
@@ -512,6 +710,11 @@ def inspect_(
     """
     from trimtab.report import findings, read_run, result_table, run_folders, runs_table, size_line, summary
 
+    if not folder.exists():
+        _hush_libraries()
+        from trimtab.hub import at_hand
+
+        folder = at_hand(folder)
     folders = run_folders(folder)
     alone = folders == [folder]
     if as_json:

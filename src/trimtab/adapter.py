@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from trimtab.hooks import (
     install_activation,
     install_head,
     install_linear,
+    install_module,
     install_norm,
     unchanging,
 )
@@ -46,6 +48,7 @@ from trimtab.sites import (
     HeadSite,
     KVSite,
     LinearSite,
+    ModuleSite,
     NormSite,
     Site,
     Sites,
@@ -62,7 +65,12 @@ INSTALLERS: dict[type, Callable[[Any, Any, Switch], list[Any]]] = {
     EmbedsSite: install_embeds,
     StatesSite: install_states,
     HeadSite: install_head,
+    ModuleSite: install_module,
 }
+
+
+_COPIED = HeadSite | NormSite | ModuleSite
+"""Sites whose parts write themselves into the base's module when they are merged."""
 
 
 class Adapter:
@@ -187,7 +195,7 @@ class Adapter:
             raise UserError(f"{entry.method.name} cannot be merged: it is no change of the base's weights")
         self.fold()
         updates = [_merged(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, LinearSite)]
-        copies = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, HeadSite | NormSite)]
+        copies = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, _COPIED)]
         self.detach()
         for write in updates:
             write()
@@ -388,6 +396,11 @@ def attach(
     Raises UserError for an unsupported family or pair, a target that matches nothing, a name that is taken, and a
     model wrapped in nn.DataParallel; then the model is as it was.
     """
+    return attach_in(Context(tokenizer, labels), model, method, name)
+
+
+def attach_in(context: Context, model: PreTrainedModel, method: Method | str, name: str) -> Adapter:
+    """`attach` with all that a method may ask for."""
     _check_model(model, name)
     chosen: Method = parse_method(method)
     first = not isinstance(getattr(model, "trimtab", None), Attachments)
@@ -396,7 +409,7 @@ def attach(
         _check_pair(attachments, chosen, name)
         if getattr(chosen, "whole_model", False):
             return _attach_whole(model, attachments, chosen, name)
-        parts = dict(_build(attachments, chosen, tokenizer, labels))
+        parts = dict(_build(attachments, chosen, context))
         if not getattr(chosen, "own_head", False):
             parts |= {site: ModuleCopy.of(site) for site in attachments.sites.task_head if site not in parts}
         attachments.add(Entry(name, chosen, parts, attachments).train(model.training))
@@ -448,13 +461,13 @@ def check_tensors(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
         raise UserError("the tensors do not fit the adapter: " + "; ".join(faults))
 
 
-def _build(attachments: Attachments, method: Method, tokenizer: Any, labels: Sequence[str]) -> Parts:
+def _build(attachments: Attachments, method: Method, context: Context) -> Parts:
     """The method's parts; what it asks of the base comes from the frozen base, whatever acts at present."""
     record = functools.partial(keys_and_values, attachments.sites, attachments.attention)
     before = attachments.active
     attachments.use(None)
     try:
-        return method.build(attachments.sites, Context(tokenizer, labels, record))
+        return method.build(attachments.sites, replace(context, record=record))
     finally:
         attachments.use(before)
 
@@ -512,9 +525,12 @@ def _is_shared(site: Site, part: nn.Module) -> bool:
 def _order(site: Site) -> int:
     """A change of a projection comes before what acts on the branch's output, which may be that projection's.
 
-    A prefix moves the positions of all that stands behind it, virtual tokens included.
+    A layer of another library's reads what the projection gives with all that acts on it. A prefix moves the positions
+    of all that stands behind it, virtual tokens included.
     """
-    return 1 if isinstance(site, ActivationSite | KVSite) else 0
+    if isinstance(site, ModuleSite):
+        return 1
+    return 2 if isinstance(site, ActivationSite | KVSite) else 0
 
 
 def _cuts(claimed: Sequence[Site], sites: Sites) -> Iterator[tuple[nn.Module, bool]]:

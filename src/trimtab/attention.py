@@ -237,6 +237,30 @@ def follow(module: Module, base: Module) -> None:
     setattr(module, _SLOT, own)
 
 
+class Companion:
+    """The attentions of a whole model that runs beside the base: on packed rows while the base's are, else as its own.
+
+    Its own implementation, masks and positions stay; nothing that acts at the base's attentions reaches it.
+    """
+
+    def __init__(self, config: Any, modules: Sequence[Module], base: KVSite):
+        self.config, self.modules, self.base = config, tuple(modules), base
+        self.previous: str = config._attn_implementation
+
+    def begin(self) -> None:
+        """A forward begins. What is set stays behind it: checkpointed layers are run again for the backward pass."""
+        if self.config._attn_implementation != PACKED:
+            self.previous = self.config._attn_implementation  # it may have been changed by hand
+        packing = packing_at(self.base)
+        for module in self.modules:
+            module.__dict__.pop(_SLOT, None)
+            if packing is not None:
+                slot = Slot(self.previous)
+                slot.packing = packing
+                setattr(module, _SLOT, slot)
+        self.config._attn_implementation = self.previous if packing is None else PACKED
+
+
 def slot_of(module: nn.Module) -> Slot:
     """The slot of an attention module."""
     return getattr(module, _SLOT)

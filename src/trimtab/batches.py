@@ -63,13 +63,13 @@ def default_budget(lengths: Sequence[int], rows: int = ROWS) -> int:
 class Collator:
     """Turns examples into padded tensors: input_ids and attention_mask [B, n], labels [B, n], [B, m] or [B].
 
-    An example is anything with `input_ids` (a text), `pixel_values` (a picture [channels, height, width], all of one
-    size) or both, and `labels`, as attributes or keys. Labels that are a list as long as the
-    input get its padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes,
-    floats are numbers. An example whose `input_ids` are lists offers choices: input_ids, attention_mask and, where it
-    has them, token_type_ids are [B, choices, n], and the choices that a row lacks are all padding, the mask 0. Where
-    examples have an `image` beside their text, `images` is the list of them, None for those without; likewise `stages`
-    of a `stage`.
+    An example is anything with `input_ids` (a text), `pixel_values` (a picture [channels, height, width], all of
+    one size) or both, and `labels`, as attributes or keys. Labels that are a list as long as the input get its
+    padding side; other lists (targets of an encoder-decoder) are padded on the right; ints are classes, floats are
+    numbers. Where examples have token_type_ids, these are there as well. An example whose `input_ids` are lists
+    offers choices: input_ids, attention_mask and token_type_ids are [B, choices, n], and the choices that a row
+    lacks are all padding, the mask 0. Where examples have an `image` beside their text, `images` is the list of
+    them, None for those without; likewise `stages` of a `stage`.
     """
 
     pad_id: int
@@ -89,13 +89,15 @@ class Collator:
     def _read(self, examples: Sequence[Any], inputs: list[Any]) -> dict[str, Any]:
         if read(examples[0], "input_ids") is None:
             return {}
-        return self._choices(examples, inputs) if offers(inputs) else self._texts(inputs)
+        return self._choices(examples, inputs) if offers(inputs) else self._texts(examples, inputs)
 
-    def _texts(self, inputs: list[list[int]]) -> dict[str, Tensor]:
-        return {
+    def _texts(self, examples: Sequence[Any], inputs: list[list[int]]) -> dict[str, Tensor]:
+        tensors = {
             "input_ids": pad(inputs, self.pad_id, self.side),
             "attention_mask": pad([[1] * len(row) for row in inputs], 0, self.side),
         }
+        types = [read(example, "token_type_ids") for example in examples]
+        return tensors if any(one is None for one in types) else {**tensors, "token_type_ids": pad(types, 0, self.side)}
 
     def _choices(self, examples: Sequence[Any], inputs: list[list[list[int]]]) -> dict[str, Tensor]:
         most = max(map(len, inputs))

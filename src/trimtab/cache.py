@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
 from trimtab.attention import packing_at
+from trimtab.contract import members
 from trimtab.hooks import named_arguments
 from trimtab.packing import Packing
-from trimtab.sites import EmbedsSite, HeadSite, Module, StatesSite
+from trimtab.sites import EmbedsSite, HeadSite, KVSite, Module, StatesSite
 from trimtab.store import Store
 
 _ALONE = frozenset({"input_ids", "attention_mask", "token_type_ids", "pixel_values", "position_ids"})
@@ -285,7 +286,8 @@ class Trunk:
         if active is None or not any(site.shift for site in kv):
             return ""
         entry: Any = self.attachments.entries[active]
-        moved = max((getattr(part, "shift", 0) for part in entry.members()), default=0)
+        prefixes = [part for site in entry.sites if isinstance(site, KVSite) for part in members(entry.parts[site.key])]
+        moved = max((getattr(part, "shift", 0) for part in prefixes), default=0)
         return f"+{moved}" if moved else ""
 
 

@@ -42,7 +42,7 @@ _BOUNDS: dict[str, dict[str, Any]] = {
     "cache_memory": {"ge": 0},
 }
 _CHOICES: dict[str, Any] = {
-    "task": Literal["classify", "regress", "tag", "choose", "generate"],
+    "task": Literal["classify", "regress", "tag", "span", "choose", "generate"],
     "dtype": Literal["float32", "bfloat16", "float16", "auto"],
     "loss_per": Literal["token", "sentence"],
 }

@@ -21,11 +21,16 @@ trained tensors there. What the frame calls on a part depends on the site's kind
     states   forward(reading, own) -> [B, n, width], in place of what leaves the stack; `reading` (states.Reading) has
              what its layers read and gave, which run without gradients; `taps` are the layers whose outputs are read
              (cache.py), besides the last; `layers` those that the part's own layers stand beside, in order, for room
-             in caches; beside an encoder that a decoder attends to, what it gives
-             reaches the decoder's part, if that has `reads_encoder`, as `reading.memory`
+             in caches, or `keeps`, the configuration of a whole model of the part's own; beside an encoder that a
+             decoder attends to, what it gives reaches the decoder's part, if that has `reads_encoder`, as
+             `reading.memory`; a part with a model of its own has `brings`, what an adapter's folder says of it
     head     forward(hidden) -> logits, in place of the base's head
 
-Optional: a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
+    module   forward(x, y) -> y' at any module, for layers of other libraries (bridge.py); write_into(module), if the
+             method merges
+
+Optional: a method whose adapters other libraries read has `write_beside(adapter, folder)`, called when one is saved;
+a part may have `fold() -> part`, its inference form, and the method then has `folded() -> method`, which
 describes it; a part with `lr_scales() -> {name: factor}` trains those tensors at a multiple of the learning rate; a
 method whose start needs text has `for_loading() -> method` with the same shapes and without that need; one with
 `consistency` > 0 is trained on two forwards a batch (consistency.py); `whole_model = True` marks full fine-tuning;
@@ -93,6 +98,8 @@ class Context:
     """The base model's tokenizer, for methods that start from text."""
     labels: Sequence[str] = ()
     """The task's label words, for methods that start from them."""
+    brought: Mapping[str, Any] | None = None
+    """What an adapter's folder says of a model that the adapter brings, whose weights are loaded afterwards."""
     record: Callable[[Sequence[int]], Mapping[KVSite, tuple[torch.Tensor, torch.Tensor]]] = lambda ids: {}
     """Keys and values [kv_heads, P, head_dim] that the frozen base gives P token ids, by kv site."""
 

@@ -18,6 +18,7 @@ from trimtab.adapter import Adapter
 from trimtab.apart import check_apart
 from trimtab.checkpoint import atomic_folder, load, read_adapter_config
 from trimtab.errors import UserError, unknown
+from trimtab.hub import at_hand
 from trimtab.models import Kind, load_config, load_model, model_kind
 
 OURS = "trimtab"
@@ -35,6 +36,8 @@ _LOADED: dict[str, tuple[Kind, str]] = {
     "ForSequenceClassification": ("encoder", "classification"),
     "TOKEN_CLS": ("encoder", "tags"),
     "ForTokenClassification": ("encoder", "tags"),
+    "QUESTION_ANS": ("encoder", "spans"),
+    "ForQuestionAnswering": ("encoder", "spans"),
     "ForMultipleChoice": ("encoder", "choices"),
     "ForMaskedLM": ("masked", ""),
 }
@@ -60,7 +63,7 @@ def convert(
     side has and the other has not, a base that does not fit, and an output folder that holds something; the output
     appears whole or not at all.
     """
-    folder, output = Path(folder).expanduser(), Path(output).expanduser()
+    folder, output = at_hand(folder), Path(output).expanduser()
     if to not in FORMATS:
         raise unknown("the format", to, FORMATS)
     source = _source(folder)

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab.beams import GREEDY, Search
 from trimtab.metrics import classification_metrics
 from trimtab.scoring import LONGEST_ANSWER, Run
-from trimtab.search import GREEDY, Search
 from trimtab.text_metrics import corpus_bleu
 
 __all__ = ["BATCH_TOKENS", "LONGEST_ANSWER", "classification_metrics", "corpus_bleu", "evaluate", "predict"]
@@ -35,10 +35,10 @@ def evaluate(
     """The task's metrics on labelled examples, and their number as `examples`.
 
     classify: accuracy, macro_f1, mcc, loss. regress: pearson, spearman, mse, loss. tag: accuracy, entity_f1 (or
-    macro_f1), loss. choose: accuracy, loss. generate: loss, perplexity, and the text_metrics (bleu, nist, …) of what
-    `search` finds, at most `max_new_tokens` long, by default as long as the longest answer. Losses are nats per answer
-    token, of all references (per example or tag for an encoder), of numbers the squared error. `show` turns the
-    progress bar on or off. The model's training mode is put back.
+    macro_f1), loss. span: exact_match, f1, loss. choose: accuracy, loss. generate: loss, perplexity, and the
+    text_metrics (bleu, nist, …) of what `search` finds, at most `max_new_tokens` long, by default as long as the
+    longest answer. Losses are nats per answer token, of all references (per example or tag for an encoder), of
+    numbers the squared error. `show` turns the progress bar on or off. The model's training mode is put back.
     """
     run = Run(model, tokenizer, kind, batch_tokens, show, search)
     return {**task.score(run, examples, max_new_tokens), "examples": len(examples)}
@@ -58,7 +58,7 @@ def predict(
 ) -> list[str]:
     """What the model answers to each example, labelled or not.
 
-    The label (classify), the number (regress), a line with word and tag for each word (tag), the choice (choose) or
-    the text (generate).
+    The label (classify), the number (regress), a line with word and tag for each word (tag), the choice (choose),
+    the piece of the context (span) or the text (generate).
     """
     return task.answers(Run(model, tokenizer, kind, batch_tokens, show, search), examples, max_new_tokens)

@@ -15,7 +15,7 @@ from torch import nn
 
 from trimtab.copies import ModuleCopy
 from trimtab.errors import UserError
-from trimtab.sites import ActivationSite, HeadSite, Interleaved, LinearSite, Module, NormSite, Span
+from trimtab.sites import ActivationSite, HeadSite, Interleaved, LinearSite, Module, ModuleSite, NormSite, Span
 
 
 class Switch:
@@ -239,6 +239,17 @@ def install_linear(site: LinearSite, part: Any, switch: Switch) -> list[Any]:
 
 def install_norm(site: NormSite, part: nn.Module, switch: Switch) -> list[Any]:
     """Hooks `part` to the norm's output."""
+    return [site.module.register_forward_hook(LinearHook(part, switch, None))]
+
+
+def install_module(site: ModuleSite, part: nn.Module, switch: Switch) -> list[Any]:
+    """Hooks `part` to the module's output.
+
+    Raises UserError where another part acts there: what the layer computes anew would not have it.
+    """
+    known = [*site.module._forward_hooks.values(), *site.module._forward_pre_hooks.values()]
+    if any(getattr(getattr(hook, "__self__", hook), "switch", None) is switch for hook in known):
+        raise UserError(f"two methods act on {site.path}, one of them a layer of another library; leave one out")
     return [site.module.register_forward_hook(LinearHook(part, switch, None))]
 
 

@@ -4,6 +4,8 @@ know models and tasks."""
 from __future__ import annotations
 
 import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 
 
@@ -75,3 +77,33 @@ def entity_f1(predicted: Sequence[Sequence[str | None]], gold: Sequence[Sequence
     )
     both = len(found) + len(true)
     return 2 * len(set(found) & set(true)) / both if both else 0.0
+
+
+# Spans
+
+
+def span_metrics(texts: Sequence[str], right: Sequence[Sequence[str]]) -> dict[str, float]:
+    """exact_match and f1 (0 to 1), the means over questions of the best of each one's right answers.
+
+    SQuAD's definition (Rajpurkar et al. 2016, arXiv:1606.05250): lower case, without punctuation and without a, an,
+    the; f1 is that of the bags of words. It knows words between spaces alone, so Chinese answers are one word.
+    """
+    pairs = list(zip(texts, right, strict=True))
+    exact = sum(max(_plain(text) == _plain(one) for one in own) for text, own in pairs)
+    return {
+        "exact_match": exact / len(pairs),
+        "f1": sum(max(_f1(text, one) for one in own) for text, own in pairs) / len(pairs),
+    }
+
+
+def _plain(text: str) -> list[str]:
+    """SQuAD's words of an answer."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def _f1(text: str, right: str) -> float:
+    said, wanted = _plain(text), _plain(right)
+    if not said or not wanted:
+        return float(said == wanted)
+    return 2 * sum((Counter(said) & Counter(wanted)).values()) / (len(said) + len(wanted))

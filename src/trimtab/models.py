@@ -19,12 +19,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as PICTURES
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as MULTIPLE_CHOICE
+from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES as QUESTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as SEQUENCES
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as TOKENS
 
@@ -43,7 +45,7 @@ _CLASSES = {
     "seq2seq": transformers.AutoModelForSeq2SeqLM,
     "masked": transformers.AutoModelForMaskedLM,
 }
-_NAMES = {
+KIND_NAMES = {
     "causal": "a causal language model",
     "seq2seq": "an encoder-decoder",
     "encoder": "an encoder",
@@ -71,6 +73,7 @@ HEADS = {
         transformers.AutoModelForSequenceClassification, SEQUENCES, {"num_labels": 1, "problem_type": "regression"}
     ),
     "tags": Head(transformers.AutoModelForTokenClassification, TOKENS, {}),
+    "spans": Head(transformers.AutoModelForQuestionAnswering, QUESTIONS, {"num_labels": 2}),
     "choices": Head(transformers.AutoModelForMultipleChoice, MULTIPLE_CHOICE, {"num_labels": 1}),
     "pictures": Head(transformers.AutoModelForImageClassification, {*PICTURES, _TOWER}, {}),
 }
@@ -161,15 +164,36 @@ def load_config(source: str) -> PreTrainedConfig:
     return _load(AutoConfig, source)
 
 
+def load_body(source: str) -> PreTrainedModel:
+    """A model without a head, in float32 and in eval mode. Raises UserError if there is no such model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the files lack, such as a pooler, is the same every time
+        with quiet():  # about heads that are left out and poolers that are made
+            return _load(transformers.AutoModel, source, dtype=torch.float32)
+
+
+def empty_body(config: PreTrainedConfig, device: str = "cpu") -> PreTrainedModel:
+    """A model without a head like that of a configuration, in float32; its weights are to be loaded."""
+    config.dtype = torch.float32
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return transformers.AutoModel.from_config(config).eval()
+
+
+def config_of(said: Any) -> PreTrainedConfig:
+    """The configuration that an adapter's folder holds. Raises UserError where it is none."""
+    try:
+        own = dict(said)
+        return AutoConfig.for_model(own.pop("model_type"), **own)
+    except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        raise UserError(f"the small model's configuration is broken: {error}") from error
+
+
 def load_vision_encoder(source: str) -> PreTrainedModel:
     """A frozen vision model without a head, in eval mode; of a model of pictures and texts the half that sees.
 
     Raises UserError for a model that reads no pictures.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # what the files lack, such as a pooler, is the same every time
-        with quiet():  # about heads that are left out and poolers that are made
-            model: Any = _load(transformers.AutoModel, source, dtype=torch.float32)
+    model: Any = load_body(source)
     model = getattr(model, "vision_model", model)
     if model.main_input_name != "pixel_values":
         raise UserError(
@@ -195,7 +219,7 @@ def kind_of(source: str, task: str, template: str | None = None) -> Kind:
     headed = kind in ("encoder", "vision")
     if kind not in wanted.kinds or (headed and config.model_type not in _families(wanted)):
         raise UserError(
-            f"{source!r} ({config.model_type}) is {_NAMES[kind]} and cannot {task}; models that can: {_able(task)}"
+            f"{source!r} ({config.model_type}) is {KIND_NAMES[kind]} and cannot {task}; models that can: {_able(task)}"
         )
     return kind
 
@@ -205,7 +229,7 @@ def _masked(source: str, config: PreTrainedConfig, kind: Kind, task: str) -> Kin
         able = [name for name in FAMILIES if name in MASKED and _is_encoder(name)]
         raise UserError(
             f"{{mask}} needs a masked language model ({', '.join(able)}); "
-            f"{source!r} ({config.model_type}) is {_NAMES[kind]}{' without one' if kind == 'encoder' else ''}"
+            f"{source!r} ({config.model_type}) is {KIND_NAMES[kind]}{' without one' if kind == 'encoder' else ''}"
         )
     if "masked" not in task_class(task).kinds:
         able = [name for name, other in TASKS.items() if "masked" in other.kinds]
@@ -230,7 +254,12 @@ def _able(name: str) -> str:
 
 
 def _is_of(kind: str, model_type: str) -> bool:
-    return model_kind(AutoConfig.for_model(model_type)) == kind
+    return usual_kind(model_type) == kind
+
+
+def usual_kind(model_type: str) -> Kind:
+    """The kind that models of a type usually are."""
+    return model_kind(AutoConfig.for_model(model_type))
 
 
 def _is_encoder(model_type: str) -> bool:

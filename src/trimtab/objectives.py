@@ -6,6 +6,7 @@ and transformers' classes; refuses to know tasks, methods and the training loop.
     [B] choices          [B, choices]           cross-entropy; the choices that a row lacks have no probability
     [B, n] tags          [B, n, tags]           cross-entropy
     [B, n] tokens        [B, n, vocabulary]     cross-entropy, projected where a label is and nowhere else
+    [B, 2] places        2 × [B, n]             cross-entropy of a span's first and last token
     [B] numbers          [B, 1]                 squared error
 
 Each is the mean over the labels, or their sum over the number of labels that the whole optimizer step has, so batches
@@ -47,7 +48,7 @@ Found = tuple[Any, Any, Tensor]
 
 
 def objective_of(base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | None:
-    """What is learned from a batch; None for what is left to transformers (several labels a row, questions, …)."""
+    """What is learned from a batch; None for what is left to transformers (several labels a row, …)."""
     labels = inputs.get("labels")
     if labels is None:
         return None
@@ -60,7 +61,8 @@ def objective_of(base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | N
         return None
     if base.get_output_embeddings() is not None:
         return Tokens()
-    return Tags() if base.loss_type == "ForTokenClassification" else None
+    known: dict[str, Objective] = {"ForTokenClassification": Tags(), "ForQuestionAnswering": Places()}
+    return known.get(base.loss_type)
 
 
 class Classes:
@@ -94,6 +96,29 @@ class Tags:
         outputs = model(**_without_labels(inputs))
         labelled = inputs["labels"] != IGNORED
         return outputs, outputs.logits[labelled], inputs["labels"][labelled]
+
+
+class Places:
+    """Which token is the first and which the last of a span."""
+
+    loss = staticmethod(label_loss)
+    divergence = staticmethod(consistency_loss)
+
+    def labelled(self, base: PreTrainedModel, labels: Tensor) -> Tensor:
+        """Both ends of the rows that have them."""
+        return labels != IGNORED
+
+    def forward(self, model: Any, base: PreTrainedModel, inputs: dict[str, Any], everywhere: bool) -> Found:
+        """Logits [2 B, n], targets [2 B]; padding has no probability."""
+        outputs, logits = places(model, base, _without_labels(inputs))
+        return outputs, logits.flatten(0, 1), inputs["labels"].flatten()
+
+
+def places(model: Any, base: PreTrainedModel, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """The outputs, and logits [B, 2, n] for a span's first and last token, the smallest there are at padding."""
+    outputs = model(**_segments(base, inputs))
+    logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
+    return outputs, logits.masked_fill(inputs["attention_mask"][:, None] == 0, torch.finfo(logits.dtype).min)
 
 
 class Tokens:
@@ -183,11 +208,16 @@ def whole_inputs(model: Any, base: PreTrainedModel, inputs: dict[str, Any]) -> A
     first = torch.zeros_like(mask)
     first[..., 0] = 1
     inputs = {**inputs, "attention_mask": torch.where(real[..., None], mask, first)}
-    if getattr(base.config, "type_vocab_size", 1) < 2:  # a tokenizer may tell segments that the model does not
-        inputs.pop("token_type_ids", None)
-    outputs = model(**inputs)
+    outputs = model(**_segments(base, inputs))
     outputs["logits"] = outputs.logits.masked_fill(~real, torch.finfo(outputs.logits.dtype).min)
     return outputs
+
+
+def _segments(base: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without token types where the model has none: its tokenizer may tell segments all the same."""
+    if getattr(base.config, "type_vocab_size", 1) > 1:
+        return inputs
+    return {key: value for key, value in inputs.items() if key != "token_type_ids"}
 
 
 def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:

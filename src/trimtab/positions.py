@@ -72,8 +72,12 @@ class PositionsFromMask:
         if named.get("position_ids") is not None or mask is None or mask.dim() != 2:
             return None
         given = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return (), {**named, "position_ids": positions[:, -given.shape[1] :]}
+        return (), {**named, "position_ids": positions_from(mask, given.shape[1])}
+
+
+def positions_from(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """The positions [B, length] of the last tokens of texts whose padding a mask [B, m] hides."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
 def takes_positions(body: Module) -> bool:

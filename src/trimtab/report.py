@@ -6,8 +6,10 @@ be written again at any time and says nothing that the files do not say.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +44,8 @@ _DEFAULT_FONT = "DejaVu Sans"  # comes with matplotlib
 _TITLES = {
     "accuracy": "accuracy",
     "entity_f1": "entity F1",
+    "exact_match": "exact match",
+    "f1": "F1",
     "macro_f1": "macro F1",
     "mcc": "Matthews correlation",
     "pearson": "Pearson correlation",
@@ -57,15 +61,16 @@ _TITLES = {
 }
 
 
-def write_report(folder: str | Path) -> None:
+def write_report(folder: str | Path, called: str | None = None) -> None:
     """Writes README.md (the model card) and curves.svg into a finished run's folder, each in one step.
 
-    Raises UserError where the folder is not the output of `trimtab train`.
+    `called` is what the card calls the folder, where that is not its own name (a hub id). Raises UserError where the
+    folder is no output of trimtab.
     """
     from trimtab.checkpoint import atomic_write
 
     folder = Path(folder)
-    facts = read_run(folder)
+    facts = {**read_run(folder), **({"folder": called} if called else {})}
     figure = draw_curves(facts)
     if figure is not None:
         atomic_write(folder / CURVES, lambda path: save_figure(figure, path))
@@ -357,12 +362,15 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
     pictures = "image_column" in task and "text_column" not in task
     return {
         "title": facts["folder"],
+        "front": _front_matter(facts),
         "base": base,
-        "hub_id": base if _is_hub_id(base) else None,
         "base_class": adapter.get("base", {}).get("class", "AutoModel"),
         "family": adapter.get("base", {}).get("model_type", "–"),
         "method": method_text(facts),
         "papers": [_describe(one) for one in methods],
+        "citations": [*dict.fromkeys(_citation(one) for one in methods if _papers([one]))],
+        "combined": adapter.get("combined") or {},
+        "summands": [f"{number(one['weight'])} · `{_cell(one['folder'])}`" for one in _summands(adapter)],
         "findings": findings(facts),
         "whole_model": _is_whole(adapter.get("method")),
         "task": task,
@@ -377,10 +385,65 @@ def _card_facts(facts: dict[str, Any]) -> dict[str, Any]:
         "names": _NAMES | (_OF_PICTURES if pictures else {}),
         "pictures": pictures,
         "encoder": adapter.get("encoder") or {},
+        "small": adapter.get("small_model") or {},
         "asked": " ".join(_asked(task, pictures)),
         "merges": bool(methods) and all(one.mergeable for one in methods),
         "versions": run.get("versions") or {},
     }
+
+
+def _front_matter(facts: dict[str, Any]) -> str:
+    """The YAML that the hub reads: library, base, tags (a paper by its arXiv id), data, metrics and results."""
+    import yaml
+
+    adapter, run = facts["adapter"], facts["run"]
+    whole, base, task = _is_whole(adapter.get("method")), base_path(facts), adapter.get("task") or {}
+    methods = _methods(adapter.get("method"))
+    after = {name: value for name, value in (facts["metrics"].get("after") or {}).items() if _is_result(name, value)}
+    data = [str(run[key]) for key in ("data", "eval_data") if run.get(key)]
+    tags = ["trimtab", *([] if whole else ["parameter-efficient-fine-tuning"]), *(one.name for one in methods)]
+    front = {
+        "library_name": "transformers" if whole else "trimtab",
+        "base_model": base if _is_hub_id(base) else None,
+        "tags": [*dict.fromkeys([*tags, *(f"arxiv:{paper}" for paper in _papers(methods))])],
+        "datasets": [name for name in data if _is_hub_id(name) and "/" in name],
+        "metrics": sorted(set(after) - {"loss"}),
+        "model-index": _results(facts["folder"], task, data, after),
+    }
+    return yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True)
+
+
+def _is_result(name: str, value: Any) -> bool:
+    return name != "examples" and _is_number(value) and math.isfinite(value)
+
+
+def _results(name: str, task: Mapping[str, Any], data: Sequence[str], after: Mapping[str, float]) -> list[Any]:
+    """The hub's model-index; nothing where a folder was not evaluated."""
+    if not after or not data:
+        return []
+    held_out = _short(data[-1])
+    result = {
+        "task": {"type": _HUB_TASKS.get(str(task.get("name")), "other")},
+        "dataset": {"name": held_out, "type": data[-1] if _is_hub_id(data[-1]) else held_out},
+        "metrics": [{"type": key, "value": value, "name": _TITLES.get(key, key)} for key, value in after.items()],
+    }
+    return [{"name": name, "results": [result]}]
+
+
+def _papers(methods: Sequence[Any]) -> list[str]:
+    """The arXiv ids that methods name."""
+    return [found for one in methods for found in re.findall(r"arXiv:(\d{4}\.\d{4,5})", one.paper)]
+
+
+def _citation(method: Any) -> str:
+    """The paper that a method's file begins with: title, authors, year and source."""
+    first = (inspect.getdoc(inspect.getmodule(type(method))) or "").partition("\n\n")[0]
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", " ".join(first.split()))
+
+
+def _summands(adapter: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The adapters that one is the sum of."""
+    return list((adapter.get("combined") or {}).get("of") or ())
 
 
 def _asked(task: dict[str, Any], pictures: bool) -> Iterator[str]:
@@ -391,6 +454,14 @@ def _asked(task: dict[str, Any], pictures: bool) -> Iterator[str]:
         yield '--prompt "…"'
 
 
+_HUB_TASKS = {
+    "classify": "text-classification",
+    "regress": "text-classification",
+    "tag": "token-classification",
+    "choose": "multiple-choice",
+    "generate": "text-generation",
+}
+"""The hub's names for our tasks."""
 _SETTINGS = ("lr", "batch_size", "batch_tokens", "max_length", "limit", "eval_share", "seed")
 _NAMES = {
     "lr": "learning rate",
@@ -444,19 +515,7 @@ def _cell(value: Any) -> str:
 
 _CARD = """\
 ---
-library_name: {{ "transformers" if whole_model else "trimtab" }}
-{% if hub_id %}
-base_model: {{ hub_id | json }}
-{% endif %}
-tags:
-- trimtab
-{% if not whole_model %}
-- parameter-efficient-fine-tuning
-{% endif %}
-{% for paper in papers %}
-- {{ paper.name }}
-{% endfor %}
----
+{{ front }}---
 
 # {{ title }}
 
@@ -472,7 +531,13 @@ A small set of trained tensors for the frozen base model `{{ base }}`: {{ size_l
 {% if encoder %}
 | vision encoder | `{{ encoder.path | cell }}` ({{ encoder.class }}), frozen as well |
 {% endif %}
+{% if small %}
+| small model | `{{ small.path | cell }}` ({{ small.class }}), from whose weights the side network starts |
+{% endif %}
 | method | `{{ method | cell }}` |
+{% if combined %}
+| sum ({{ combined.how }}) | {{ summands | join(" + ") }} |
+{% endif %}
 {% if task %}
 | task | {{ task.name | cell }}{{ " (pictures)" if pictures }} |
 {% if task.get("labels") %}
@@ -551,6 +616,7 @@ On the command line, from the folder that holds this one:
 trimtab eval {{ title }} --data DATA
 {% if task %}
 trimtab generate {{ title }} {{ asked }}{{ ' --choice "…" --choice "…"' if task.get("choices_column") }}
+{%- if task.get("context_column") %} --context "…"{% endif %}
 {% endif %}
 {% if merges %}
 trimtab merge {{ title }} --output merged   # an ordinary model folder
@@ -580,6 +646,14 @@ import trimtab as tt
 adapter = tt.load(model, {{ title | json }})   # model: {{ base_class }}
 {% endif %}
 ```
+{% if citations %}
+
+## Citation
+
+{% for citation in citations %}
+- {{ citation }}
+{% endfor %}
+{% endif %}
 
 ## Licence
 

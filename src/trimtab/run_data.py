@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trimtab.bars import progress
+from trimtab.beams import GREEDY, Search, check_search
 from trimtab.data import hold_out, home, limit, load_rows
 from trimtab.errors import UserError
 from trimtab.evaluate import BATCH_TOKENS, evaluate
@@ -19,7 +20,6 @@ from trimtab.pictures import located
 from trimtab.processor import load_processor
 from trimtab.row_pictures import COLUMN
 from trimtab.scoring import Run
-from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, all_inputs, encode_all, prepare, task_class
 from trimtab.templates import pseudo_tokens, without_pseudo
@@ -90,6 +90,7 @@ def find_task(settings: TrainSettings) -> Source:
         rows,
         kind=kind,
         text_column=settings.text_column,
+        context_column=settings.context_column,
         image_column=settings.image_column if kind == "vision" else pictures,
         stage_column=settings.stage_column,
         label_column=settings.label_column,

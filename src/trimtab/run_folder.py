@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from trimtab import config
-from trimtab.checkpoint import CONFIG, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
+from trimtab.checkpoint import COMBINED, CONFIG, NEXT, WEIGHTS, WHOLE_CONFIG, atomic_write, write_json
 from trimtab.errors import UserError
+from trimtab.files import writing
 from trimtab.methods.spec import method_to_dict, parse_method
 from trimtab.models import portable, same_source
 from trimtab.report import read_object, write_report
@@ -19,7 +20,7 @@ from trimtab.settings import PLACES, TrainSettings
 from trimtab.snapshots import ABOUT, checkpoints, remove
 
 RUN, LOG, METRICS = "run.yaml", "log.jsonl", "metrics.json"
-WRITTEN = (RUN, LOG, METRICS, "README.md", "curves.svg", CONFIG, WEIGHTS, "preprocessor_config.json")
+WRITTEN = (RUN, LOG, METRICS, "README.md", "curves.svg", CONFIG, NEXT, WEIGHTS, "preprocessor_config.json")
 """What a run writes besides checkpoint-N; `overwrite` replaces these and nothing else."""
 WHOLE = (WHOLE_CONFIG, "config.json", "generation_config.json", "model*.safetensors*", "token*", "*.jinja", "special*")
 """What full fine-tuning writes more; deleted only where trimtab wrote a whole model before."""
@@ -64,6 +65,8 @@ def _check_content(folder: Path, settings: TrainSettings) -> None:
         raise UserError(f"{folder} holds something already; choose another folder, or give --overwrite or --resume")
     if settings.resume and not _is_run_file(folder / RUN):
         raise UserError(f"{folder} has no {RUN} of an earlier run, so it cannot be resumed")
+    if settings.resume and COMBINED in read_object(folder / CONFIG):
+        raise UserError(f"{folder} is a sum of adapters, no run that could be resumed; choose another folder")
     if not is_ours(folder):
         raise UserError(f"{folder} holds files that trimtab did not write; choose another folder")
     for path in checkpoints(folder):
@@ -85,12 +88,15 @@ def _is_adapter_file(path: Path) -> bool:
 
 
 def check_resume(folder: Path, settings: TrainSettings) -> None:
-    """Raises UserError where a run is to be resumed with other settings than it began with."""
+    """Raises UserError where a run is to be resumed with other settings than it began with.
+
+    The learning rate may change: one that made numbers explode is of no use any more.
+    """
     if not settings.resume or not (folder / RUN).is_file():
         return
     began, now = read_run_settings(folder), settings_to_dict(settings)
     for key in [*now, *began]:
-        if key not in ("output", "cache", "cache_memory") and began.get(key) != now.get(key):
+        if key not in ("output", "cache", "cache_memory", "lr") and began.get(key) != now.get(key):
             raise UserError(
                 f"the run in {folder} began with {key}={began.get(key)!r}, not {now.get(key)!r}; "
                 "resume it with the same settings"
@@ -113,9 +119,10 @@ def begun(folder: Path) -> TrainSettings | None:
 
 def begin(folder: Path, settings: TrainSettings) -> None:
     """Clear the folder of an earlier run if asked to, and write run.yaml."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.overwrite:
-        _clear(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.overwrite:
+            _clear(folder)
     values = {**settings_to_dict(settings), "versions": {name: version(name) for name in _PACKAGES}}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     atomic_write(folder / RUN, lambda path: _write(path, text))

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trimtab.adapter import adapters
 from trimtab.bars import progress
 from trimtab.batches import Collator, TokenBatches, input_length, length, pad, read, unlabelled
+from trimtab.beams import GREEDY, Search
 from trimtab.head import IGNORED, decoder_inputs, select_positions
 from trimtab.hooks import unchanging
 from trimtab.lengths import new_tokens
-from trimtab.objectives import Objective, Tokens, whole_inputs
+from trimtab.objectives import Objective, Tokens, places, whole_inputs
 from trimtab.prefix_share import shared_prefix
-from trimtab.search import GREEDY, Search
 from trimtab.stages import NAME as STAGES
 from trimtab.virtual import placed_embeddings
 
@@ -141,12 +141,23 @@ def objective_logits(run: Run, examples: Sequence[Any], objective: Objective) ->
     return run.over("evaluating", [len(example.input_ids) for example in examples], step)
 
 
-def place_logits(run: Run, examples: Sequence[Any], places: Sequence[Sequence[int]]) -> list[Tensor]:
+def place_logits(run: Run, examples: Sequence[Any], at: Sequence[Sequence[int]]) -> list[Tensor]:
     """The encoder's head on single tokens: [places, classes] of each example at its own positions."""
 
     def step(batch: list[int]) -> list[Tensor]:
         logits = run.model(**run.tensors([unlabelled(examples[index]) for index in batch])).logits.float().cpu()
-        return [row[list(places[index])] for index, row in zip(batch, logits, strict=True)]
+        return [row[list(at[index])] for index, row in zip(batch, logits, strict=True)]
+
+    return run.over("evaluating", [len(example.input_ids) for example in examples], step)
+
+
+def span_logits(run: Run, examples: Sequence[Any]) -> list[Tensor]:
+    """The encoder's head for a span's first and last token: [2, tokens] of each example."""
+
+    def step(batch: list[int]) -> list[Tensor]:
+        _, logits = places(run.model, run.model, run.tensors([unlabelled(examples[index]) for index in batch]))
+        rows = logits.float().cpu()
+        return [row[:, : len(examples[index].input_ids)] for index, row in zip(batch, rows, strict=True)]
 
     return run.over("evaluating", [len(example.input_ids) for example in examples], step)
 

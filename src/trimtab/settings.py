@@ -24,9 +24,11 @@ class TrainSettings:
     method: Any = "lora"
     """What to train: a method string such as 'lora[r=8]', or a method object."""
     task: str = "classify"
-    """classify, regress, tag, choose or generate."""
+    """classify, regress, tag, span, choose or generate."""
     text_column: str | None = None
     """Column that holds the text, the words or the question; nested keys as input.-1.content."""
+    context_column: str | None = None
+    """Column that holds the text in which a question's answer stands (task span)."""
     image_column: str | None = None
     """Column that holds the pictures: paths (from the data file's folder), bytes, or images of `datasets`."""
     label_column: str | None = None

@@ -222,17 +222,29 @@ class StatesSite:
     """Above all layers: nothing below is trained."""
 
 
-Site = LinearSite | KVSite | EmbedsSite | ActivationSite | NormSite | HeadSite | StatesSite
+@dataclass(frozen=True, eq=False)
+class ModuleSite:
+    """Any module that has a layer of another library's beside it (bridge.py); outside the layers it is in layer -1."""
+
+    key: str
+    stack: str
+    layer: int
+    module: Module
+    path: str
+
+
+Site = LinearSite | KVSite | EmbedsSite | ActivationSite | NormSite | HeadSite | StatesSite | ModuleSite
 
 
 class Sites:
     """All sites of one model.
 
     `linear`, `activation`, `norm`, `kv`, `embeds`, `states` and `head` are tuples of sites; `pooler` is a linear site
-    or None; `layer_modules` maps a stack's name to its layers.
+    or None; `layer_modules` maps a stack's name to its layers; `model` is the model itself.
     """
 
     def __init__(self, model: PreTrainedModel):
+        self.model = model
         self.family: Family = family_of(model.config.model_type).of(model.config)
         root = _root(model, self.family)
         names = {id(module): path for path, module in model.named_modules()}
@@ -556,9 +568,13 @@ def layer_linears(stack: Stack, index: int, layer: nn.Module) -> list[LinearSite
 
 def _tokens_stand_alone(body: Module) -> bool:
     """Whether what the model makes of a text's first tokens does not depend on what follows them."""
+    return not reads_both_ways(body) and _rope_type(body) != "longrope"
+
+
+def reads_both_ways(body: Module) -> bool:
+    """Whether a model's configuration takes the causal mask away from a family that has one."""
     config = getattr(body, "config", None)
-    both_ways = getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False)
-    return not both_ways and _rope_type(body) != "longrope"
+    return getattr(config, "is_causal", True) is False or bool(getattr(config, "use_bidirectional_attention", False))
 
 
 def _rope_type(body: Module) -> str | None:

@@ -13,12 +13,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import UserError
+from trimtab.files import digest, read_json, writing
 
 WEIGHTS = "trained.safetensors"
 ABOUT = "trained.json"
 NEEDED = (WEIGHTS, ABOUT, "trainer_state.json", "optimizer.pt", "scheduler.pt")
+SUMS = "checksums.json"
+"""The SHA-256 of every other file; checkpoints of older versions have none."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,30 +49,44 @@ def missing_files(checkpoint: Path) -> list[str]:
     return [name for name in NEEDED if not (checkpoint / name).is_file()]
 
 
-def read_about(checkpoint: Path) -> dict[str, str]:
-    """What a checkpoint says of itself. Raises UserError where it is not whole or not one of ours."""
+def read_about(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises UserError where it is not whole, damaged, or not one of ours."""
     missing = missing_files(checkpoint)
     if missing:
         raise UserError(f"{checkpoint} is not a whole checkpoint: it lacks {', '.join(missing)}")
-    try:
-        return json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{checkpoint / ABOUT} is broken: {error}") from error
+    _check_sums(checkpoint)
+    return read_json(checkpoint / ABOUT)
+
+
+def _check_sums(checkpoint: Path) -> None:
+    """Raises UserError for a file whose bytes are not those that were saved."""
+    if not (checkpoint / SUMS).is_file():
+        return
+    for name, known in read_json(checkpoint / SUMS).items():
+        path = checkpoint / Path(name).name
+        if not path.is_file() or digest(path) != known:
+            raise UserError(
+                f"{path} is damaged: its bytes are not those that were saved; "
+                f"delete {checkpoint.name} to go on without it"
+            )
 
 
 @contextmanager
 def building(target: Path, main: bool = True) -> Iterator[Path]:
     """A hidden folder that becomes `target` when the block ends well; every process writes, only `main` renames."""
     hidden = target.parent / f".{target.name}"
-    if main:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-    yield hidden
-    if main:
-        sync(hidden)
-        remove(target)
-        hidden.rename(target)
-        _sync_entry(target.parent)
+    with writing(target):
+        if main:
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
+        yield hidden
+        if main:
+            sums = {path.name: digest(path) for path in sorted(hidden.iterdir())}
+            (hidden / SUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+            sync(hidden)
+            remove(target)
+            hidden.rename(target)
+            _sync_entry(target.parent)
 
 
 def remove(checkpoint: Path) -> None:

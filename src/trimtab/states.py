@@ -10,6 +10,7 @@ part makes of its states travels behind it, in the same tensor, so that beam sea
 from __future__ import annotations
 
 import inspect
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,10 @@ class Reading:
     """Whether gradients were on when the present layer was called."""
     memory: Tensor | None = None
     """What the part of the encoder made of its states [B, m, …], for a decoder; else None."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """The arguments of the stack's call, by name."""
+    cache: Cache | None = None
+    """The cache that its layers were called with."""
     mask: Tensor | None = None
     """Which tokens are no padding [B, n], where the stack was told so."""
     first: Tensor | None = None
@@ -65,7 +70,7 @@ class Reader:
         if not self.switch.on:
             return None
         named = named_arguments(body, args, kwargs)
-        reading = Reading([layer.training for layer in self.site.layers], torch.is_grad_enabled())
+        reading = Reading([layer.training for layer in self.site.layers], torch.is_grad_enabled(), given=named)
         mask = named.get("attention_mask")
         reading.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if self.part.reads_encoder and named.get("encoder_hidden_states") is not None:
@@ -105,9 +110,10 @@ class Reader:
         states = named.pop(next(iter(inspect.signature(layer.forward).parameters)))
         if reading.first is None:
             reading.first = states.detach()
-            cache = next((value for value in named.values() if isinstance(value, Cache)), None)
-            if cache is not None:
-                make_room(cache, len(self.site.layers), self.part.layers)
+            reading.cache = next((value for value in named.values() if isinstance(value, Cache)), None)
+            if reading.cache is not None:
+                keeps = getattr(self.part, "keeps", None)
+                make_room(reading.cache, len(self.site.layers), self.part.layers, keeps)
         reading.calls.append(named)
         reading.graded = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
@@ -127,7 +133,8 @@ class Reader:
         if reading is None:
             return None
         own = states_of(output)
-        made = self.part(reading, own).to(own.dtype)
+        # in a context of its own: what transformers records of the base's layers is to have none of the part's among it
+        made = Context().run(self.part, reading, own).to(own.dtype)
         if self.site.reader is not None:
             made = torch.cat([own, made], dim=-1)
         return (made, *output[1:]) if isinstance(output, tuple) else made

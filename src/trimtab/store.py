@@ -49,6 +49,11 @@ class Place:
         return self.at + self.shape[0] * self.shape[1] * _DTYPES[self.dtype].itemsize
 
 
+def _check(index: Mapping[str, Any]) -> int:
+    """CRC-32 of an index."""
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
+
+
 class Store:
     """States by key, each from some position of its row on.
 
@@ -118,7 +123,10 @@ class Store:
             }
             content = {"facts": self.facts, "file": self._path.name, "rows": rows}
             unfinished = self.folder / f"{INDEX}.part"
-            unfinished.write_text(json.dumps(content), encoding="utf-8")
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.write(json.dumps({**content, "check": _check(content)}))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(unfinished, self.folder / INDEX)
         except OSError as error:
             LOG.warning("the cache was not kept for a later run: %s", error)
@@ -154,14 +162,17 @@ class Store:
         """Take over what an earlier run left, if it was made from the same facts and is whole."""
         try:
             content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            sound = content.pop("check") == _check(content)
             path = folder / Path(content["file"]).name
             places = {
                 key: (start, Place(at, (rows, width), dtype, check))
                 for key, (start, at, rows, width, dtype, check) in content["rows"].items()
             }
             size = path.stat().st_size
-            whole = all(place.dtype in _DTYPES and 0 <= place.at <= place.end <= size for _, place in places.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            whole = sound and all(
+                place.dtype in _DTYPES and 0 <= place.at <= place.end <= size for _, place in places.values()
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             content, whole = {}, False
         if whole and content["facts"] == self.facts:
             self.places, self._path = places, path

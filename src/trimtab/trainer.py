@@ -93,6 +93,8 @@ class Trainer(transformers.Trainer):
         self.step_log = StepLog(self.meter, Path(log_file) if log_file else None)
         self.bar = StepBar(self.step_log, show)
         self.interrupt = Interrupt()
+        self.unproven = False
+        """Whether the newest checkpoint's tensors have given no loss yet; older ones are kept until then."""
         options.setdefault("data_collator", Collator(_pad_id(model, options) if pad_id is None else pad_id))
         with _config_kept(model):
             super().__init__(model=model, args=args, callbacks=list(callbacks), **options)
@@ -104,7 +106,8 @@ class Trainer(transformers.Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         scaled = getattr(self.accelerator, "scaler", None) is not None
-        guard, search = Guard(self.meter, self._gradients, scaled), _Search(self._search)
+        guard = Guard(self.meter, self._gradients, self._drop_old_checkpoints, scaled)
+        search = _Search(self._search)
         for callback in (guard, search, _Progress(self.adapter), self.step_log, self.bar, self.interrupt):
             self.add_callback(callback)
 
@@ -392,9 +395,16 @@ class Trainer(transformers.Trainer):
                 self._note_callbacks()
                 self.state.save_to_json(str(folder / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            best_path = self.state.best_model_checkpoint
-            rotate(run, self.args.save_total_limit, Path(best_path) if best_path else None)
+        self.unproven = True
+        if step >= self.state.max_steps:
+            self._drop_old_checkpoints()
+
+    def _drop_old_checkpoints(self) -> None:
+        """Delete checkpoints beyond the limit, now that the newest one is known to be good."""
+        if self.unproven and self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate(self._get_output_dir(None), self.args.save_total_limit, Path(best) if best else None)
+        self.unproven = False
 
     def _save_trained(self, folder: Path) -> None:
         if _whole(self.adapter):
@@ -402,7 +412,8 @@ class Trainer(transformers.Trainer):
         else:
             state = {key: value.detach().cpu().contiguous() for key, value in self.adapter.state_dict().items()}
             save_file(state, folder / WEIGHTS)
-        about = {"name": self.adapter.name, "method": format_method(self.adapter.method)}
+        about: dict[str, Any] = {"name": self.adapter.name, "method": format_method(self.adapter.method)}
+        about["lr"] = self.args.learning_rate
         (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
     def _note_callbacks(self) -> None:
@@ -426,6 +437,22 @@ class Trainer(transformers.Trainer):
                 self.adapter.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError, OSError) as error:
             raise UserError(f"{folder / WEIGHTS} cannot be loaded: {error}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The optimizer and the schedule of a checkpoint, at the learning rate that is asked for now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        ratio = self.args.learning_rate / read_about(Path(checkpoint)).get("lr", self.args.learning_rate)
+        if ratio == 1:
+            return
+        schedule: Any = self.lr_scheduler
+        schedule = getattr(schedule, "scheduler", schedule)  # inside accelerate's
+        for name in ("base_lrs", "_last_lr"):
+            setattr(schedule, name, [rate * ratio for rate in getattr(schedule, name)])
+        for group in cast(Any, self.optimizer).param_groups:
+            group["lr"] *= ratio
+            group["initial_lr"] *= ratio
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether these are the best so far; what is no part of the last phase of training counts for nothing."""

@@ -11,17 +11,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trimtab.adapter import adapters
+from trimtab.beams import GREEDY, Search, check_search
 from trimtab.checkpoint import load, read_adapter_config
 from trimtab.data import limit, resolve
 from trimtab.errors import UserError
 from trimtab.evaluate import evaluate, predict
 from trimtab.forms import Row
+from trimtab.hub import at_hand
 from trimtab.lengths import fitting_length, prompt_length
 from trimtab.methods.spec import method_from_dict
 from trimtab.models import Kind, kind_of, load_config, load_for, same_source
 from trimtab.run_data import encode, load_reader, load_rows_of, split_rows
 from trimtab.run_folder import RUN, begun
-from trimtab.search import GREEDY, Search, check_search
 from trimtab.settings import TrainSettings
 from trimtab.tasks import Task, encode_all, task_from_config
 
@@ -60,11 +61,11 @@ class Tuned:
 
 
 def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
-    """The base model with a run's adapter, and its task.
+    """The base model with a run's adapter, and its task; the folder may be on the hub (hub.py).
 
     Raises UserError where the folder is not the output of a run, or the base cannot be found.
     """
-    folder = Path(folder).expanduser()
+    folder = at_hand(folder)
     config = read_adapter_config(folder)
     if not config.get("task"):
         raise UserError(f"{folder} does not say which task it is for; it was not written by `trimtab train`")
@@ -84,20 +85,25 @@ def load_run(folder: str | Path, *, device: str | None = None) -> Tuned:
 
 
 def ask(
-    run: Tuned, prompt: str | None, max_new_tokens: int, choices: Sequence[str] = (), image: str | None = None
+    run: Tuned,
+    prompt: str | None,
+    max_new_tokens: int,
+    choices: Sequence[str] = (),
+    image: str | None = None,
+    context: str | None = None,
 ) -> str:
     """What a run answers to a text or a picture.
 
-    Of `choices` where its task is to choose, else the label, the number, the tags, or at most so many tokens; the text
-    is cut to leave room for them.
+    Of `choices` where its task is to choose, a piece of `context` where it is to find one, else the label, the number,
+    the tags, or at most so many tokens; the text is cut to leave room for them.
 
-    Raises UserError for choices or a picture that the task does not take, and for fewer than two where it does.
+    Raises UserError for choices, a picture or a context that the task does not take, and where it lacks what it takes.
     """
     longest = run.max_length
     if run.task.writes:
         method = next((adapter.method for adapter in adapters(run.model).values()), None)
         longest = prompt_length(method, run.model.config, longest, max_new_tokens)
-    row = {**_asked(run.task, prompt, image), **_offered(run.task, choices)}
+    row = {**_asked(run.task, prompt, image), **_offered(run.task, choices), **_about(run.task, context)}
     examples = encode_all(run.task, [row], run.tokenizer, longest, run.kind, asking=True)
     how: Any = {"max_new_tokens": max_new_tokens, "search": run.search, "show": False}
     return predict(run.model, run.tokenizer, run.task, examples, run.kind, **how)[0]
@@ -127,6 +133,18 @@ def _offered(task: Task, choices: Sequence[str]) -> Row:
     return {}
 
 
+def _about(task: Task, context: str | None) -> Row:
+    """The part of a row that holds its context."""
+    about: Any = getattr(task, "about", None)  # of a task whose rows have one
+    if about is not None:
+        if context is None:
+            raise UserError(f"the task {task.name!r} finds answers in a text: --context TEXT")
+        return about(context)
+    if context is not None:
+        raise UserError(f"the task {task.name!r} takes no context")
+    return {}
+
+
 def _base(folder: Path, config: Mapping[str, Any], run: TrainSettings | None) -> str:
     base = run.model if run else config["base"].get("path")
     if not base or not isinstance(base, str):
@@ -136,7 +154,7 @@ def _base(folder: Path, config: Mapping[str, Any], run: TrainSettings | None) ->
 
 def is_own_data(folder: str | Path, data: str) -> bool:
     """Whether a run held its evaluation rows out of this very data, however it is spelled."""
-    run = begun(Path(folder).expanduser())
+    run = begun(at_hand(folder))
     if run is None or run.eval_data is not None:
         return False
     try:
@@ -159,9 +177,10 @@ def evaluate_run(
     Without `data` the numbers are those in the run's metrics.json. `search` are the arguments of `Tuned.searching`, for
     another search than the run's. Raises UserError as `load_run`, and for data that does not fit the task.
     """
+    folder = at_hand(folder)
     tuned = load_run(folder).searching(**search)
     column = getattr(tuned.task, "image_column", None)
-    rows = _held_out_rows(Path(folder).expanduser(), tuned.task) if data is None else load_rows_of(data, column)
+    rows = _held_out_rows(folder, tuned.task) if data is None else load_rows_of(data, column)
     rows = limit(rows, limit_rows, 0)
     examples = encode(tuned.task, rows, tuned.tokenizer, tuned.max_length, tuned.kind, show)
     how: Any = {"max_new_tokens": tuned.max_new_tokens, "search": tuned.search, "show": show}

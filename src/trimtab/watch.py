@@ -22,7 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trimtab.bars import Bar, progress
 from trimtab.checkpoint import atomic_write
 from trimtab.errors import UserError
-from trimtab.snapshots import last_checkpoint
+from trimtab.files import writing
+from trimtab.snapshots import checkpoint_path, last_checkpoint, remove
 
 
 class Meter:
@@ -83,7 +84,7 @@ class StepLog(TrainerCallback):
         }
         self.meter.clear()
         if self.path and state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -96,15 +97,24 @@ def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.is_file() or step == 0:
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [row for row in map(json.loads, whole) if row["step"] <= step]
+    try:
+        return [row for row in map(json.loads, whole) if row["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, the run cannot be resumed with it: {error}") from None
 
 
 @dataclass
 class Guard(TrainerCallback):
-    """Stops before a non-finite loss or gradient reaches the weights."""
+    """Stops before a non-finite loss or gradient reaches the weights.
+
+    A checkpoint is good once a step's loss and gradient with its tensors were finite. One that gives others is deleted,
+    so that a run goes on from the one before.
+    """
 
     meter: Meter
     gradients: Callable[[], Iterable[Tensor]]
+    proven: Callable[[], object]
+    """Called when the tensors as they are have given finite numbers."""
     scaled: bool = False
     """Whether a gradient scaler is at work (float16), which skips such steps by itself."""
 
@@ -121,12 +131,16 @@ class Guard(TrainerCallback):
         norm = float(torch.nn.utils.get_total_norm(self.gradients()))
         if not math.isfinite(norm):
             self._stop(f"the gradient became non-finite (loss {loss:.4g})", args, state)
+        self.proven()
 
     def _stop(self, what: str, args: TrainingArguments, state: TrainerState) -> None:
+        if args.output_dir and state.is_world_process_zero:
+            remove(checkpoint_path(args.output_dir, state.global_step))
         good = last_checkpoint(args.output_dir) if args.output_dir else None
-        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        kept = f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
         step, lr = state.global_step + 1, self.meter.lr
-        raise UserError(f"{what} at step {step} (learning rate {lr:.3g}); {kept}; a smaller learning rate may help")
+        again = "go on from it with --resume and a smaller --lr" if good else "a smaller learning rate may help"
+        raise UserError(f"{what} at step {step} (learning rate {lr:.3g}); {kept}; {again}")
 
 
 @dataclass

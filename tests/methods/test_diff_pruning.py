@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 import trimtab as tt
+from foreign import rewrite
 from tiny import inputs, output, tiny
 from trimtab.methods.diff_pruning import Gated, Sparse, hard_concrete
 from trimtab.sites import LinearSite
@@ -334,7 +335,7 @@ def test_broken_files_are_refused(spoil: Any, tmp_path: Path) -> None:
         metadata = file.metadata()
     keys = "layer1_up.index", "layer1_up.value"
     tensors |= dict(zip(keys, (one.contiguous() for one in spoil(*(tensors[key] for key in keys))), strict=True))
-    save_file(tensors, tmp_path / FILE, metadata=metadata)
+    rewrite(tmp_path, tensors, metadata)
     model = tiny("bert")
     with pytest.raises(tt.UserError, match=r"no rising places of a matrix \[48, 32\]"):
         tt.load(model, tmp_path)
@@ -346,7 +347,7 @@ def test_missing_tensors_are_listed(tmp_path: Path) -> None:
     adapter.save(tmp_path)
     tensors = load_file(tmp_path / FILE)
     del tensors["layer1_up.index"]
-    save_file(tensors, tmp_path / FILE)
+    rewrite(tmp_path, tensors)
     with pytest.raises(tt.UserError, match=r"missing layer1_up\.index"):
         tt.load(tiny("bert"), tmp_path)
 

@@ -84,18 +84,38 @@ class Bench:
         Raises UserError for a method that does not fit the model, and for a loss that becomes non-finite.
         """
         settings = self._resolved(cell)
-        with self._attached(settings) as adapter, tempfile.TemporaryDirectory() as scratch:
-            parameters = count_parameters(adapter)
-            store = self._store(adapter)
-            trainer = self._trainer(settings, Path(scratch), adapter, store)
+        with self._attached(settings) as adapter:
+            figures = self._run(settings, adapter)
+            stored = self._save(cell, adapter)
+        return {**figures, "bytes": stored}
+
+    def attempt(self, cell: Cell, watch: Callable[[int, Callable[[], Figures]], TrainerCallback]) -> Figures:
+        """Train a cell under a watch and keep nothing; without `dev` where the watch stopped it.
+
+        `watch` is given the number of trained parameters and what scores the development rows at any time.
+        """
+        settings = self._resolved(cell)
+        with self._attached(settings) as adapter:
+            parameters = int(count_parameters(adapter)["trainable"])
+            return self._run(settings, adapter, watch(parameters, lambda: self.dev.evaluate(adapter.model, False)))
+
+    def _run(self, settings: TrainSettings, adapter: Adapter, *callbacks: TrainerCallback) -> Figures:
+        """Train, and score the development rows unless a callback stopped it."""
+        parameters, store = count_parameters(adapter), self._store(adapter)
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = self._trainer(settings, Path(scratch), adapter, store, list(callbacks))
             reset_peak()
             trainer.train()
-            trained, curve = measure(trainer), _curve(_lines(Path(scratch) / LOG))
-            adapter.fold()
-            with cached_trunk(adapter, store) if store else nullcontext():
-                dev = self.dev.evaluate(adapter.model, self.show)
-            stored = self._save(cell, adapter)
-        return {"dev": dev, "train": trained, "parameters": parameters, "bytes": stored, "curve": curve}
+            figures = {
+                "train": measure(trainer),
+                "parameters": parameters,
+                "curve": _curve(_lines(Path(scratch) / LOG)),
+            }
+        adapter.fold()
+        if trainer.state.global_step < trainer.state.max_steps:
+            return figures
+        with cached_trunk(adapter, store) if store else nullcontext():
+            return {**figures, "dev": self.dev.evaluate(adapter.model, self.show)}
 
     def score(self, cell: Cell, rows: Any) -> Figures:
         """The test rows' metrics of a cell's kept adapter on the base, and how right each answer is."""

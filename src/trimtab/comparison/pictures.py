@@ -46,7 +46,7 @@ def front(rows: Sequence[Row], cost: Callable[[Row], float], sign: int) -> list[
 
 
 def _scatter(found: Comparison, rows: Sequence[Row], title: str, cost: Any, log: bool) -> Figure:
-    figure, axis = _figure((4.6, 3.6))
+    figure, axis = blank((4.6, 3.6))
     best = front(rows, cost, 1 if found.higher else -1)
     axis.plot([cost(row) for row in best], [row.mean for row in best], color=INK, alpha=0.35, linewidth=1, zorder=1)
     for at, row in enumerate(rows):
@@ -71,13 +71,13 @@ def curves(found: Comparison) -> Figure | None:
     rows = [row for row in found.rows if len(row.curve) > 1]
     if not rows:
         return None
-    figure, axis = _figure((7.2, 3.8))
+    figure, axis = blank((7.2, 3.8))
     for at, row in enumerate(rows):
         colour, _ = _look(at)
         loss = smoothed([loss for _, loss in row.curve])
         epochs = [epoch for epoch, _ in row.curve]
         (line,) = axis.plot(epochs, loss, color=colour, linewidth=1.6, label=row.method, linestyle=_dash(at))
-        line.set_gid(_named(f"{row.method}: loss {loss[-1]:.3f} after {epochs[-1]:.3g} epochs"))
+        line.set_gid(hover(f"{row.method}: loss {loss[-1]:.3f} after {epochs[-1]:.3g} epochs"))
     axis.set_xlabel("epoch")
     axis.set_ylabel("training loss, smoothed")
     axis.grid(alpha=0.15, color=INK)
@@ -87,7 +87,8 @@ def curves(found: Comparison) -> Figure | None:
     return figure
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+def blank(size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure in the page's colours, and its axes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -115,10 +116,10 @@ def _dash(at: int) -> str:
 
 def _gid(row: Row, cost: Any, title: str, found: Comparison) -> str:
     spread = "" if math.isnan(row.deviation) else f" ± {row.deviation:.3f}"
-    return _named(f"{row.method}: {found.objective} {row.mean:.3f}{spread}, {title} {cost(row):,.4g}")
+    return hover(f"{row.method}: {found.objective} {row.mean:.3f}{spread}, {title} {cost(row):,.4g}")
 
 
-def _named(text: str) -> str:
+def hover(text: str) -> str:
     """A text that an element carries as its id until it becomes its <title>."""
     return "title:" + text.replace('"', "″")
 

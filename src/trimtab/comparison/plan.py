@@ -156,7 +156,7 @@ def check_numbers(seeds: int, minutes: float | None, dev_share: float, factors: 
         raise UserError("the learning rates' factors must be numbers above 0, for example 0.33,1,3")
 
 
-def check_dev_rows(rows: int, learned: int, dev_share: float) -> None:
+def check_dev_rows(rows: int, learned: int, dev_share: float, ranked: str) -> None:
     """Raises UserError where the development split is too small to rank anything by."""
     if rows >= DEV_ROWS:
         return
@@ -164,7 +164,7 @@ def check_dev_rows(rows: int, learned: int, dev_share: float) -> None:
     wanted = math.ceil(DEV_ROWS / dev_share)
     share = f", or give --dev-share {math.ceil(100 * DEV_ROWS / there) / 100:g}" if there >= 2 * DEV_ROWS else ""
     raise UserError(
-        f"the development split has {rows} rows, too few to rank learning rates by; it needs {DEV_ROWS}, which are "
+        f"the development split has {rows} rows, too few to rank {ranked} by; it needs {DEV_ROWS}, which are "
         f"{dev_share:g} of {wanted:,} training rows (there are {there:,}{share})"
     )
 

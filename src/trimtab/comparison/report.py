@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,24 @@ def write_report(found: Comparison) -> None:
         write(folder / PICTURE, alone(scatter["parameters"]))
 
 
-def page(found: Comparison, scatter: Mapping[str, Figure]) -> str:
-    """report.html, with the scores against each cost."""
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that comes from elsewhere."""
+
+    title: str
+    note: str
+    html: str
+    """Whole elements, everything in them escaped."""
+
+
+def page(
+    found: Comparison,
+    scatter: Mapping[str, Figure],
+    title: str = "Which method?",
+    more: Sequence[tuple[str, str]] = (),
+    sections: Sequence[Section] = (),
+) -> str:
+    """report.html, with the scores against each cost; `more` is asked besides, `sections` follow the results."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -49,7 +66,9 @@ def page(found: Comparison, scatter: Mapping[str, Figure]) -> str:
     return environment.from_string(_PAGE).render(
         found=found,
         asked=found.asked,
-        facts=facts(found),
+        facts=[*facts(found), *more],
+        title=title,
+        sections=sections,
         plots=[inline(figure, name) for name, figure in scatter.items()],
         curves=inline(drawn, "curves") if drawn else "",
         style=_STYLE,
@@ -148,6 +167,7 @@ th:first-child, td:first-child, td.text { text-align: left; } th { color: var(--
 tr.chosen td { background: var(--card); font-weight: 600; }
 code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--card); padding: .6rem .8rem; margin: .3rem 0; } summary { cursor: pointer; padding: .25rem 0; }
+.map td { text-align: center; } .map td.on { background: var(--accent); color: var(--paper); font-weight: 600; }
 .small { color: var(--soft); font-size: .9rem; }
 """
 
@@ -157,12 +177,12 @@ _PAGE = """\
 <head>
 <meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
-<title>Which method? {{ asked.model }}</title>
+<title>{{ title }} {{ asked.model }}</title>
 <style>{{ style | safe }}</style>
 </head>
 <body>
 <main>
-<h1>Which method?</h1>
+<h1>{{ title }}</h1>
 <p class="take">{{ found.recommendation }}</p>
 
 <h2>What was asked</h2>
@@ -195,6 +215,12 @@ lowest or highest of those tried, so a better one may lie beyond. What frozen la
 with the same trunk, so these may take fewer seconds than alone. The peak is that of the whole process.</p>
 {% for row in found.rows if row.errors %}
 <p><code>{{ row.method }}</code> failed: {{ row.errors | join("; ") }}</p>
+{% endfor %}
+{% for section in sections %}
+
+<h2>{{ section.title }}</h2>
+<p class="small">{{ section.note }}</p>
+{{ section.html | safe }}
 {% endfor %}
 {% if plots %}
 

@@ -86,10 +86,11 @@ def compare(
     plan = Plan(settings, texts, seeds, objective, tuple(factors), minutes)
     folder = Path(settings.output)
     about = _about(plan, dev_share)
-    check_folder(folder, about)
+    check_folder(folder, about, ABOUT)
     if not (folder / ABOUT).is_file():
-        _begin(folder, plan, source, dev_share, about)
-    with closing(Bench(settings, _source_of(folder, settings), folder, show)) as bench:
+        begin_folder(folder, settings, source, dev_share, "learning rates")
+        write_json(folder / ABOUT, about)
+    with closing(Bench(settings, source_of(folder, settings), folder, show)) as bench:
         walk = Walk(plan, bench, load_rows(str(folder / "rows" / "test.jsonl")))
         outcomes = walk.all(show)
         rows = {side: len(load_rows(str(folder / "rows" / f"{side}.jsonl"))) for side in SIDES}
@@ -118,22 +119,22 @@ def check_objective(task: Task, objective: str | None) -> str:
 # -- the folder ---------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path, about: dict[str, Any]) -> None:
-    """Raises UserError where the folder holds anything but the same comparison."""
+def check_folder(folder: Path, about: dict[str, Any], name: str) -> None:
+    """Raises UserError where the folder holds anything but what began with the same settings, in the file `name`."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, --output must be a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / ABOUT).is_file():
-        if {path.name for path in folder.iterdir()} == {"rows"}:  # a comparison that was stopped at its first step
+    if not (folder / name).is_file():
+        if {path.name for path in folder.iterdir()} == {"rows"}:  # stopped at its first step
             return
-        raise UserError(f"{folder} holds something already, but no {ABOUT} of an earlier comparison; choose another")
-    began = read_object(folder / ABOUT)
+        raise UserError(f"{folder} holds something already, but no {name} of an earlier call; choose another")
+    began = read_object(folder / name)
     for key in [*about, *began]:
         if began.get(key) != about.get(key):
             raise UserError(
-                f"the comparison in {folder} began with {key}={began.get(key)!r}, not {about.get(key)!r}; go on with "
-                "the same settings (methods and seeds may be added), or choose another folder"
+                f"what is in {folder} began with {key}={began.get(key)!r}, not {about.get(key)!r}; go on with "
+                "the same settings, or choose another folder"
             )
 
 
@@ -150,23 +151,24 @@ def _about(plan: Plan, dev_share: float) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path, plan: Plan, source: Source, dev_share: float, about: dict[str, Any]) -> None:
-    for side, rows in zip(SIDES, _split(plan.settings, source, dev_share), strict=True):
+def begin_folder(folder: Path, settings: TrainSettings, source: Source, dev_share: float, ranked: str) -> None:
+    """Write the rows of each side. Raises UserError where the development rows are too few to rank what is ranked."""
+    for side, rows in zip(SIDES, _split(settings, source, dev_share, ranked), strict=True):
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         write(folder / "rows" / f"{side}.jsonl", text)
-    write_json(folder / ABOUT, about)
 
 
-def _split(settings: TrainSettings, source: Source, dev_share: float) -> tuple[Any, Any, Any]:
+def _split(settings: TrainSettings, source: Source, dev_share: float, ranked: str) -> tuple[Any, Any, Any]:
     """Train, dev and test rows; equal inputs of training and development rows are on one side."""
     learned, test = split_rows(settings, source.task, source.rows)
     kept, held = hold_out(learned, dev_share, settings.seed, all_inputs(source.task, learned))
     held = limit(held, settings.eval_limit, settings.seed)
-    check_dev_rows(len(held), len(kept), dev_share)
+    check_dev_rows(len(held), len(kept), dev_share, ranked)
     return learned.select(kept), learned.select(held), test
 
 
-def _source_of(folder: Path, settings: TrainSettings) -> Source:
+def source_of(folder: Path, settings: TrainSettings) -> Source:
+    """The training rows that the folder keeps, and their task."""
     return find_task(dataclasses.replace(settings, data=str(folder / "rows" / "train.jsonl")))
 
 
@@ -235,27 +237,27 @@ class Walk:
         try:
             epochs = self._epochs(method)
         except Exception as error:
-            return dataclasses.replace(outcome, errors=(_reason(method, error),))
-        grid, errors = self._each(self.plan.grid(method, epochs), count)
+            return dataclasses.replace(outcome, errors=(reason_of(method, error),))
+        grid, errors = self.each(self.plan.grid(method, epochs), count)
         lr = self.plan.chosen(grid)
         outcome = Outcome(method, epochs, grid=grid, errors=tuple(errors))
         if lr is None:
             return outcome
-        final, later = self._each(self.plan.final(method, lr, epochs), count, scored=True)
+        final, later = self.each(self.plan.final(method, lr, epochs), count, scored=True)
         self._drop(cell for cell in grid if cell not in final)
         return dataclasses.replace(outcome, lr=lr, final=final, errors=(*errors, *later))
 
-    def _each(
+    def each(
         self, cells: Sequence[Cell], count: Counted, scored: bool = False
     ) -> tuple[dict[Cell, Figures], list[str]]:
-        """The figures of the cells that worked, and what went wrong with the others."""
+        """The figures of the cells that worked, and what went wrong with the others; run are those without a result."""
         found: dict[Cell, Figures] = {}
         errors = []
         for cell in cells:
             try:
                 found[cell] = self._scored(cell) if scored else self._trained(cell)
             except Exception as error:
-                errors.append(_reason(cell.name, error))
+                errors.append(reason_of(cell.name, error))
             count(cell)
         return found, errors
 
@@ -335,7 +337,7 @@ class Counted:
             self.bar(1, self.method)
 
 
-def _reason(what: str, error: Exception) -> str:
+def reason_of(what: str, error: Exception) -> str:
     """One sentence for a row; what is no mistake of the user's is logged whole."""
     if not isinstance(error, UserError):
         LOGGER.warning("%s failed", what, exc_info=error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from trimtab.contract import Method
 from trimtab.methods.adamix import AdaMix
 from trimtab.methods.autoprompt import AutoPrompt
 from trimtab.methods.bitfit import BitFit
+from trimtab.methods.borrowed import peft_method
 from trimtab.methods.diff_pruning import DiffPruning
 from trimtab.methods.full import Full
 from trimtab.methods.head import Head
@@ -34,3 +36,5 @@ METHODS: dict[str, type[Method]] = {
     method.name: method for method in sorted(_METHODS, key=lambda method: method.paper == "baseline")
 }
 """The imported classes with a method's name, by that name; baselines last."""
+BORROWED: dict[str, Callable[[str], type]] = {"peft": peft_method}
+"""What makes a class of another library's method, by the library's name: `peft:boft` is peft_method("boft")."""

@@ -5,10 +5,16 @@ Side Networks, arXiv:1912.13503.
 
 B [batch, length, width] is what the frozen base gives behind its final norm, in front of the head, S what a small
 network beside it makes of the first layer's input x; α is one number and 0 at the start, which is the mean of both. The
-side network is made of the base's lowest layers, narrowed by r, or is a perceptron at every position:
+side network is made of the base's lowest layers, narrowed by r, is a perceptron at every position, or a given small
+model M (model=…):
 
     S = Up LN(S_l(… S_0(Down x)))     with Down [width / r, width], Up [width, width / r]; without both where r = 1
     S = W_2 gelu(W_1 x + b_1) + b_2   with W_1 [width / r, width]
+    S = Up M(tokens or pixels)        with Up [width, width of M]; without it where M is as wide as the base
+
+M is a pretrained model of the base's kind without its head and starts from its weights, all of which are trained. As in
+the paper it reads what the base reads, with its own embeddings: behind a projection of the base's embeddings its layers
+would see what they have never seen. So it needs the base's tokenizer, or pictures cut as the base cuts them.
 
 In encoder-decoders S is a side encoder, LN(h), and a side decoder that attends to it; the decoder's outputs are fused.
 The base runs without gradients. The layers start from structured pruning of the base's (by magnitude; copies where
@@ -24,7 +30,7 @@ of which trimtab's Trainer knows; another loop calls `adapter.progress(done)` be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,6 +41,7 @@ from trimtab.arch import select_layers
 from trimtab.contract import Context, Parts
 from trimtab.errors import UserError, unknown
 from trimtab.methods.side_blocks import STARTS, SideBlocks, Start, pruned_units
+from trimtab.methods.side_model import SideModel, check_inputs, check_small
 from trimtab.narrow import Units, check_reduction, narrow_count
 from trimtab.sites import Sites, StatesSite
 from trimtab.states import Reading
@@ -43,6 +50,8 @@ Network = Literal["layers", "mlp"]
 NETWORKS = ("layers", "mlp")
 Fuse = Literal["alpha", "sum", "product"]
 FUSES = ("alpha", "sum", "product")
+OF_NETWORK = ("network", "layers", "reduction", "start")
+"""The settings of a side network that is made of the base, or is a perceptron."""
 SHARE = 4
 """One layer in so many, the lowest, is in the side network by default."""
 
@@ -63,6 +72,8 @@ class Side:
     """alpha (a learned mean), sum or product."""
     distill: float = 0.0
     """Share of the training in which the side network first learns to give what the base gives."""
+    model: str | None = None
+    """A small pretrained model (a folder, hub id or pkg:NAME/path) that is the side network."""
 
     name: ClassVar[str] = "side"
     kinds: ClassVar[frozenset[str]] = frozenset({"states"})
@@ -81,11 +92,21 @@ class Side:
                 raise unknown(f"side: {field}", value, known)
         if not 0 <= self.distill < 1:
             raise UserError(f"side: distill={self.distill:g} must be in [0, 1)")
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [name for name in OF_NETWORK if getattr(self, name) != defaults[name]]
+        if self.model is not None and changed:
+            raise UserError(f"side: {changed[0]}= means nothing with model=, which is the side network as it is")
         if self.network == "mlp" and (self.layers is not None or self.start != "pruned"):
             raise UserError("side: network=mlp is made of no layers; leave out layers= and start=")
 
     def build(self, sites: Sites, context: Context) -> Parts:
-        """A side network a stack. Raises UserError for a reduction that does not divide and for layers out of range."""
+        """A side network a stack.
+
+        Raises UserError for a reduction that does not divide, for layers out of range, and for a small model that does
+        not load or cannot stand beside the base.
+        """
+        if self.model is not None:
+            return {sites.states[-1]: SideNetwork(sites.states[-1], self, self._small(sites, context))}
         for site in sites.states:
             self._check(site)
         if self.network == "mlp":
@@ -99,6 +120,8 @@ class Side:
     def parameter_count(self, sites: Sites) -> int:
         """Those of S a stack and α; an encoder that is read has no Up."""
         own = 1 if self.fuse == "alpha" else 0
+        if self.model is not None:
+            return own + SideModel.count(self.model, sites.states[-1].width)
         if self.network == "mlp":
             return self._projections(sites.states[-1].width) + own
         return own + sum(self._count(site) for site in sites.states)
@@ -122,7 +145,24 @@ class Side:
 
     def for_loading(self) -> Side:
         """The same shapes without the base's weights to start from: their values come from the file."""
-        return self if self.network == "mlp" else replace(self, start="random")
+        return self if self.network == "mlp" or self.model is not None else replace(self, start="random")
+
+    def folded(self) -> Side:
+        """The same; a small model in a folder by its whole path."""
+        from trimtab.models import portable
+
+        return self if self.model is None else replace(self, model=portable(self.model))
+
+    def _small(self, sites: Sites, context: Context) -> SideModel:
+        """The small model: of its source, or of what an adapter's folder says of it."""
+        from trimtab.small import load_small, small_from  # which load models, and these need to know the methods
+
+        assert self.model is not None
+        small = load_small(self.model) if context.brought is None else small_from(context.brought)
+        check_small(sites, small)
+        if context.brought is None:
+            check_inputs(sites, small, context.tokenizer)
+        return SideModel(sites.states[-1], small)
 
     def chosen(self, site: StatesSite) -> list[int]:
         """The layers of a stack that the side network is made of."""
@@ -205,26 +245,32 @@ class SideNetwork(nn.Module):
     exclusive = True
     taps = ()
 
-    def __init__(self, site: StatesSite, method: Side, network: SideLayers | SideMLP):
+    def __init__(self, site: StatesSite, method: Side, network: SideLayers | SideMLP | SideModel):
         super().__init__()
         self.network, self.method = network, method
         self.distills = False
         self.gap: torch.Tensor | float = 0.0
         self.layers, self.reads_encoder = network.layers, network.reads_encoder
+        self.keeps, self.brings = getattr(network, "keeps", None), getattr(network, "said", None)
         self.undecayed = ("alpha",) if method.fuse == "alpha" else ()
         if method.fuse == "alpha":
             self.alpha = nn.Parameter(torch.zeros(()))
 
     @property
     def whole(self) -> bool:
-        """Whether every token has to be counted as often as it stands in a batch."""
+        """Whether every token has to be counted as often as it stands in a batch, or rows cannot be packed."""
+        return self.distilling or getattr(self.network, "whole", False)
+
+    @property
+    def distilling(self) -> bool:
+        """Whether the side network learns to give what the base gives, and the base's output is the output."""
         return self.training and self.distills
 
     def forward(self, reading: Reading, own: torch.Tensor) -> torch.Tensor:
         """The stack's states and its own output [batch, length, width] -> [batch, length, width]"""
         side = self.network(reading, own)
         base = own.to(side.dtype)
-        if self.whole:
+        if self.distilling:
             self.gap = _gap(side, base, reading.mask)
             return base
         if self.method.fuse == "sum":

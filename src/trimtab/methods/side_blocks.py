@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.attention import follow
+from trimtab.errors import UserError
 from trimtab.narrow import Units, narrow_config, narrow_layer, narrow_rotation, put_at
 from trimtab.sites import Sites, StatesSite
 from trimtab.states import Reading
@@ -23,8 +24,9 @@ class SideBlocks(nn.Module):
     """Layers of width / reduction beside those of a stack that `layers` names."""
 
     def __init__(self, site: StatesSite, layers: Sequence[int], reduction: int, units: Units | None):
-        """The layers start from the units that pruning keeps, or at random."""
+        """The layers start from the units that pruning keeps, or at random. Raises UserError for other attentions."""
         super().__init__()
+        _check_attention(site.body.config)
         self.layers, self.reduction = tuple(layers), reduction
         self.config = narrow_config(site.body.config, reduction)
         self.blocks = nn.ModuleList(narrow_layer(site, at, self.config) for at in layers)
@@ -42,7 +44,8 @@ class SideBlocks(nn.Module):
         ]  # a list of tuples: they are no sub-modules
 
     def begin(self) -> None:
-        """Call the blocks' attentions as the base's are called in the present forward."""
+        """Call the blocks' attentions as the base's are called in the present forward. Raises UserError as above."""
+        _check_attention(self.base[0])
         self.config._attn_implementation = self.base[0]._attn_implementation  # whose masks they are given
         for own, base in self.attentions:
             follow(own, base)
@@ -64,6 +67,16 @@ class SideBlocks(nn.Module):
             return memory.to(precision)
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(precision).clamp(min=torch.finfo(precision).min) if floating else value  # a mask stays finite
+
+
+def _check_attention(config: Any) -> None:
+    """Raises UserError for attentions that take half precision or wide heads alone, which the blocks do not have."""
+    name = config._attn_implementation or ""
+    if "flash" in name or "flex" in name:
+        raise UserError(
+            f"layers beside the base are narrow and in float32, and {name} does not take them; "
+            "load the model with sdpa or eager"
+        )
 
 
 def pruned_units(sites: Sites, chosen: dict[StatesSite, list[int]], reduction: int) -> dict[StatesSite, Units]:

@@ -432,7 +432,12 @@ def _registry(registry: Registry | None) -> Registry:
 
 
 def _class_of(name: str, registry: Registry) -> type:
+    from trimtab.methods import BORROWED
+
     name = name.strip().lower()
+    library, found, kind = name.partition(":")
+    if found and name not in registry and library in BORROWED:
+        return BORROWED[library](kind)
     if name not in registry:
         raise unknown("method", name, sorted(registry))
     return registry[name]

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from trimtab.adapter import Adapter, attach
 from trimtab.errors import UserError, unknown
+from trimtab.files import read_json
 from trimtab.peers.adapters import ADAPTERS
-from trimtab.peers.folder import Folder, read_json
+from trimtab.peers.folder import Folder
 from trimtab.peers.kinds import Library
 from trimtab.peers.peft import PEFT
 

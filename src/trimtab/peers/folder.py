@@ -4,7 +4,6 @@ files; refuses to know what they mean.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,26 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import UserError, unknown
+from trimtab.files import read_json
 from trimtab.peers.kinds import Library
 
-LARGEST_CONFIG = 1 << 20
-"""Bytes; a configuration is a few thousand."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SHOWN = 3
 """Names of tensors that an error lists at most."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it is no such thing, or larger than any configuration."""
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise UserError(f"{path} has more than {LARGEST_CONFIG:,} bytes, which no configuration has")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is broken: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is broken: it holds no JSON object")
-    return value
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from trimtab.tasks.classify_pictures import ClassifyPictures
 from trimtab.tasks.generate import Generate
 from trimtab.tasks.regress import Regress
 from trimtab.tasks.rows import each, parse_label_words
+from trimtab.tasks.span import Span
 from trimtab.tasks.tag import Tag
 from trimtab.tasks.task import Task, Wishes
 from trimtab.templates import has_mask, settled
@@ -38,6 +39,7 @@ __all__ = [
     "Example",
     "Generate",
     "Regress",
+    "Span",
     "Tag",
     "Task",
     "all_inputs",
@@ -49,7 +51,7 @@ __all__ = [
     "task_from_config",
 ]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, Generate, Regress, Tag, Choose)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, Generate, Regress, Tag, Choose, Span)}
 PICTURES: dict[str, type[Task]] = {ClassifyPictures.name: ClassifyPictures}
 """What the tasks of these names are for a vision model."""
 
@@ -82,8 +84,8 @@ def task_from_config(config: Mapping[str, Any]) -> Task:
 def prepare(name: str, rows: Rows, *, kind: str = "causal", **wishes: Any) -> Task:
     """The task that rows are for: finds the labels, or the form of the rows, and checks columns and template.
 
-    `wishes` are the fields of `Wishes`: text_column, image_column, label_column, choices_column, template, chat,
-    label_words.
+    `wishes` are the fields of `Wishes`: text_column, context_column, image_column, label_column, choices_column,
+    template, chat, label_words.
     Raises UserError for a missing column, an unknown placeholder, a row without label, fewer than two labels, for a
     wish that means nothing to the task, and for a mask where the model has none or none where it has one.
     """

@@ -22,6 +22,7 @@ class Wishes:
     """What a user may say of a task; None (and no chat) where the task chooses."""
 
     text_column: str | None = None
+    context_column: str | None = None
     image_column: str | None = None
     label_column: str | None = None
     choices_column: str | None = None
@@ -43,6 +44,7 @@ _SAID = {
     "template": "a template belongs",
     "chat": "chat belongs",
     "choices_column": "a column of choices belongs",
+    "context_column": "a column of contexts belongs",
     "image_column": "a column of pictures belongs",
     "stage_column": "a column of stages belongs",
 }

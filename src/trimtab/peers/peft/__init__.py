@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from trimtab import bridge
 from trimtab.adapter import Adapter
 from trimtab.errors import UserError
 from trimtab.methods import Head, Union
@@ -59,6 +60,8 @@ def write(adapter: Adapter, folder: Path) -> Path:
 
     form = acting(adapter)
     method = only_method(form.method, "peft")
+    if hasattr(method, "write_beside"):
+        return bridge.write(adapter, folder)
     kind = next((one for one in KINDS.values() if method.name in one.methods), None)
     if kind is None:
         able = sorted(name for one in KINDS.values() for name in one.methods)
@@ -66,7 +69,7 @@ def write(adapter: Adapter, folder: Path) -> Path:
     written = kind.write(form)
     start = "base_model." if kind.prompt_learning else "base_model.model."
     heads = write_heads(adapter, start)
-    task = _task(type(adapter.model).__name__, kind)
+    task = task_of(type(adapter.model).__name__, kind.prompt_learning)
     config: dict[str, Any] = {
         "peft_type": kind.name,
         "task_type": task,
@@ -83,11 +86,11 @@ def write(adapter: Adapter, folder: Path) -> Path:
     return folder
 
 
-def _task(class_name: str, kind: Kind) -> str | None:
+def task_of(class_name: str, prompt_learning: bool = False) -> str | None:
     """peft's task type. An encoder-decoder is only named where its virtual tokens need the name: peft 0.21's class for
     it asks for a method that transformers 5 has no more, and the others do without that class."""
     task = next((task for ending, task in TASKS.items() if class_name.endswith(ending)), None)
-    return None if task == "SEQ_2_SEQ_LM" and not kind.prompt_learning else task
+    return None if task == "SEQ_2_SEQ_LM" and not prompt_learning else task
 
 
 def base_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
