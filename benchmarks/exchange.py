@@ -63,8 +63,8 @@ class Case:
     """What adapters makes it from: its string, or a class and its settings."""
     ours: str
     """Our method, whose tensors get noise; empty where none is written."""
-    attention: str = "sdpa"
-    """Which attention adapters runs: with sdpa it masks the prefix of a decoder out, and the adapter does nothing."""
+    attention: str | None = None
+    """Which attention adapters runs, if not transformers' choice: with sdpa it masks the prefix of a decoder out, and the adapter does nothing."""
 
 
 CASES = (
@@ -100,10 +100,11 @@ def folder(case: Case, name: str, step: str) -> Path:
     return WORK / name.replace(", ", "-") / case.name.replace(", ", "-").replace(" ", "-") / step
 
 
-def built(name: str, attention: str = "sdpa") -> Any:
+def built(name: str, attention: str | None = None) -> Any:
     """A tiny random model; the same weights on both sides."""
     class_name, config, settings = MODELS[name]
-    model = getattr(hf, class_name)(getattr(hf, config)(**settings, pad_token_id=0, attn_implementation=attention)).eval()
+    more = {} if attention is None else {"attn_implementation": attention}
+    model = getattr(hf, class_name)(getattr(hf, config)(**settings, pad_token_id=0, **more)).eval()
     path = WORK / name.replace(", ", "-") / BASE
     if path.is_file():
         missing, unexpected = model.load_state_dict(load_file(path), strict=False)
