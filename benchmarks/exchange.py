@@ -64,7 +64,7 @@ class Case:
     ours: str
     """Our method, whose tensors get noise; empty where none is written."""
     attention: str | None = None
-    """Which attention adapters runs, if not transformers' choice: with sdpa it masks the prefix of a decoder out, and the adapter does nothing."""
+    """Which attention adapters runs, if not transformers' choice: with sdpa it masks the prefix of a decoder out."""
 
 
 CASES = (
@@ -81,7 +81,9 @@ CASES = (
     ),
     Case("ia3", "ia3", "ia3[targets=k,v,up]"),
     Case("ia3, gated", "ia3[intermediate_lora=False,output_lora=True]", "ia3"),
-    Case("prefix_flat", ("PrefixTuningConfig", dict(flat=True, prefix_length=4)), "prefix[length=4,shift=false]", "eager"),
+    Case(
+        "prefix_flat", ("PrefixTuningConfig", dict(flat=True, prefix_length=4)), "prefix[length=4,shift=false]", "eager"
+    ),
     Case("prefix", ("PrefixTuningConfig", dict(prefix_length=4, bottleneck_size=6)), "", "eager"),
 )
 OURS_REFUSED = {("ia3, gated", name) for name in MODELS if name not in ("llama", "mistral", "t5, gated")}
@@ -107,7 +109,7 @@ def built(name: str, attention: str | None = None) -> Any:
     model = getattr(hf, class_name)(getattr(hf, config)(**settings, pad_token_id=0, **more)).eval()
     path = WORK / name.replace(", ", "-") / BASE
     if path.is_file():
-        missing, unexpected = model.load_state_dict(load_file(path), strict=False)
+        _, unexpected = model.load_state_dict(load_file(path), strict=False)
         assert not unexpected, unexpected
         model.tie_weights()
     return model
@@ -288,7 +290,9 @@ def main() -> None:
     other_side(python, "write", given.kind or "")
     found = convert_all()
     other_side(python, "read", given.kind or "")
-    both = {key: {**one, **written(case, key[1])} for key, one in found.items() for case in CASES if case.name == key[0]}
+    both = {
+        key: {**one, **written(case, key[1])} for key, one in found.items() for case in CASES if case.name == key[0]
+    }
     print(table(both))
     bad = {key: one for key, one in both.items() if not fine(one)}
     for key, one in bad.items():

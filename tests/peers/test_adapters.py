@@ -19,15 +19,15 @@ from benchmarks.parity import FIXTURE, TOLERANCE, Written, _base, outputs
 from tiny import inputs, output, tiny
 
 BOTTLENECK: dict[str, Any] = dict(
-    adapter_residual_before_ln=False, cross_adapter=False, dropout=0.0, inv_adapter=None, is_parallel=False, leave_out=[],
-    ln_after=False, ln_before=False, mh_adapter=False, non_linearity="relu", original_ln_after=True,
+    adapter_residual_before_ln=False, cross_adapter=False, dropout=0.0, inv_adapter=None, is_parallel=False,
+    leave_out=[], ln_after=False, ln_before=False, mh_adapter=False, non_linearity="relu", original_ln_after=True,
     original_ln_before=True, output_adapter=True, phm_layer=False, reduction_factor=16, residual_before_ln=True,
     scaling=1.0, stochastic_depth=0.0, use_gating=False,
 )  # fmt: skip
 PARALLEL = BOTTLENECK | dict(is_parallel=True, original_ln_before=False, reduction_factor=2, scaling=4.0)
 LORA: dict[str, Any] = dict(
-    alpha=8, architecture="lora", attn_matrices=["q", "v"], composition_mode="add", dropout=0.0, intermediate_lora=False,
-    leave_out=[], output_lora=False, r=8, selfattn_lora=True, use_dora=False, use_gating=False,
+    alpha=8, architecture="lora", attn_matrices=["q", "v"], composition_mode="add", dropout=0.0,
+    intermediate_lora=False, leave_out=[], output_lora=False, r=8, selfattn_lora=True, use_dora=False, use_gating=False,
 )  # fmt: skip
 CONFIGS = {
     "seq_bn": BOTTLENECK,

@@ -3,7 +3,8 @@
     A = f + s · (W_up relu(W_down x + b_down) + b_up)
 
 once a layer, beside feed-forward: x [batch, length, width] is what feed-forward reads, f what it gives; with
-`reads=stream` x is the residual stream, which differs where a norm stands in front of feed-forward. The scale s is 4, fixed or learned; W_up starts at zero, so that the start is exactly the base model. Trained parameters, L layers:
+`reads=stream` x is the residual stream, which differs where a norm stands in front of feed-forward. The scale s is 4,
+fixed or learned; W_up starts at zero, so that the start is exactly the base model. Trained parameters, L layers:
 L · (2 · width · size + width + size), and L with a learned scale.
 """
 
@@ -35,7 +36,7 @@ class Parallel:
     activation: Activation = "relu"
     """Nonlinearity of the bottleneck: gelu, relu or swish."""
     reads: Literal["branch", "stream"] = "branch"
-    """branch (what feed-forward reads) or stream (the residual stream in front of its norm, as the library adapters)."""
+    """branch (what feed-forward reads) or stream (the residual stream in front of its norm, as adapters has it)."""
     layers: str | None = None
     """Layers to adapt, e.g. -10: or 0,2,5; all where not given."""
     start: Start = "zero"

@@ -81,7 +81,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 def kind_of(config: Folder) -> Kind:
     """The kind of an adapter's own configuration. Raises UserError for one that trimtab has not."""
-    said = config.config.get("architecture")
+    said: Any = config.config.get("architecture")
     if said is None and "non_linearity" in config.config:
         if config.flag("is_parallel"):
             return par_bn.KIND

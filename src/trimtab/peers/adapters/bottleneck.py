@@ -71,10 +71,12 @@ class Taken:
 
 
 def take_bottlenecks(folder: Folder, place: Model, branches: Sequence[str], method: str) -> list[Taken]:
-    """The bottlenecks of a folder. Raises UserError for options and branches that the method has not, and for shapes."""
+    """The bottlenecks of a folder. Raises UserError for options and branches that the method has not, and shapes."""
     folder.refuse_set(REFUSED, method)
     if not folder.flag("original_ln_after", True):
-        raise UserError(f"{folder.path} leaves out the residual connection (original_ln_after), which trimtab never does")
+        raise UserError(
+            f"{folder.path} leaves out the residual connection (original_ln_after), which trimtab never does"
+        )
     found: list[Taken] = []
     for holder, site in bottleneck_holders(place.model, place.sites):
         if any(f"{holder}.adapters.{name}" in folder.tensors for name in TENSORS):
@@ -136,13 +138,11 @@ def _activation(folder: Folder) -> str:
 
 def bottleneck_state(taken: Sequence[Taken], size: int) -> dict[str, torch.Tensor]:
     """Our tensors."""
-    return {
-        f"{one.site.key}.adapter.{name}": tensor for one in taken for name, tensor in one.filled(size).items()
-    }
+    return {f"{one.site.key}.adapter.{name}": tensor for one in taken for name, tensor in one.filled(size).items()}
 
 
 def write_bottlenecks(form: Acting, activation: str, own: Mapping[str, Any]) -> Written:
-    """Every bottleneck, and the configuration with a kind's own fields. Raises UserError for norms that were trained."""
+    """Every bottleneck, and the configuration with a kind's own fields. Raises UserError for trained norms."""
     _check_norms(form)
     parts = form.of(ActivationSite)
     sites = Sites(form.model)
@@ -181,4 +181,6 @@ def _check_norms(form: Acting) -> None:
     for site, part in form.of(NormSite).items():
         own = dict(site.module.named_parameters())
         if any(not torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in part.copy.named_parameters()):
-            raise UserError("adapters trains no norms, and this adapter has trained ones; train with norms=false for it")
+            raise UserError(
+                "adapters trains no norms, and this adapter has trained ones; train with norms=false for it"
+            )

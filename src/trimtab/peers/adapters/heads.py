@@ -98,7 +98,9 @@ def drop_frozen(folder: Folder, place: Model) -> None:
 
 def write_head(adapter: Adapter, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The head's configuration and tensors, both empty where there is none."""
-    tensors = {f"{site.path}.{name}": one for site, copy in head_parts(adapter) for name, one in copy.state_dict().items()}
+    tensors = {
+        f"{site.path}.{name}": one for site, copy in head_parts(adapter) for name, one in copy.state_dict().items()
+    }
     if not tensors:
         return {}, {}
     labels = adapter._entry.labels

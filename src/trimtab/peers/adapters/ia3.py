@@ -33,7 +33,9 @@ def read(folder: Folder, place: Model) -> Found:
         if tensor.shape != (outer, 1):
             raise folder.misshapen(name + B, tensor, f"[{outer}, 1]")
         if alpha != 1 and sites[0].span is not None:
-            raise UserError(f"{folder.path}: alpha={alpha:g} scales what {name} has no vector for as well; only 1 is read")
+            raise UserError(
+                f"{folder.path}: alpha={alpha:g} scales what {name} has no vector for as well; only 1 is read"
+            )
         for site, own in zip(sites, split(tensor, sites), strict=True):
             state[f"{site.key}.scale"] = own[:, 0].float() * alpha
         chosen += sites

@@ -32,8 +32,8 @@ def read(folder: Folder, place: Model) -> Found:
     folder.refuse_set(REFUSED, "lora")
     if folder.flag("use_dora"):
         raise UserError(
-            f"{folder.path} is a DoRA of adapters, which scales the bias along with the weight and leaves the scale out "
-            "of its norm; trimtab's is the paper's, so the one cannot be written as the other"
+            f"{folder.path} is a DoRA of adapters, which scales the bias along with the weight and leaves the "
+            "scale out of its norm; trimtab's is the paper's, so the one cannot be written as the other"
         )
     by_path = linear_sites(place.sites)
     state: dict[str, torch.Tensor] = {}
@@ -52,7 +52,9 @@ def read(folder: Folder, place: Model) -> Found:
         raise UserError(f"{folder.path} has {'LoRAs of several ranks' if ranks else 'no tensor of LoRA'}")
     rank = ranks.pop()
     if folder.number("r", rank) != rank:
-        raise UserError(f"{folder.path}: the configuration's rank is {folder.number('r', rank):g}, its tensors have {rank}")
+        raise UserError(
+            f"{folder.path}: the configuration's rank is {folder.number('r', rank):g}, its tensors have {rank}"
+        )
     method = LoRA(
         r=rank,
         alpha=folder.number("alpha", 8),
@@ -63,9 +65,7 @@ def read(folder: Folder, place: Model) -> Found:
     return Found(method, state)
 
 
-def sites_of(
-    folder: Folder, by_path: Mapping[str, Sequence[LinearSite]], path: str, ending: str
-) -> list[LinearSite]:
+def sites_of(folder: Folder, by_path: Mapping[str, Sequence[LinearSite]], path: str, ending: str) -> list[LinearSite]:
     """The projections that a module's tensors are for; of a shared module those that the configuration names."""
     if path not in by_path:
         raise folder.homeless([path + ending])

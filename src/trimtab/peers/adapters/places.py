@@ -23,7 +23,7 @@ class Places:
     feedforward: str
     cross: str = ""
     intermediate: str = "up"
-    """Which projection `intermediate_lora` means; in Llama and Mistral it is the one that `output_lora` means elsewhere."""
+    """Which projection `intermediate_lora` means; in Llama and Mistral the one that `output_lora` means elsewhere."""
     output: str = "down"
     prefix: str = "self_prefix"
     """What a prefix of self-attention is called."""

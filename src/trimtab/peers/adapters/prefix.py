@@ -1,5 +1,5 @@
-"""`prefix_tuning` of `adapters`, flat or as a network: `….prefix_tunings.NAME.self_prefix.control_trans`, flat numbers in
-the order [length, layers · 2, heads, head width], of each layer keys and then values.
+"""`prefix_tuning` of `adapters`, flat or as a network: `….prefix_tunings.NAME.self_prefix.control_trans`, flat numbers
+in the order [length, layers · 2, heads, head width], of each layer keys and then values.
 
 They stand in front of the text's keys, behind the rotation, as ours do; but the text's learned positions stay where
 they are (`prefix[shift=false]`). In T5 theirs take part in the relative positions and ours do not: refused.
@@ -67,7 +67,9 @@ def _numbers(folder: Folder, name: str) -> torch.Tensor:
 def _made(folder: Folder, own: dict[str, torch.Tensor]) -> torch.Tensor:
     if folder.text("non_linearity", "tanh") != "tanh":
         raise UserError(f"{folder.path}: the network of the prefix has another activation than tanh")
-    (first, shift), (last, offset) = ((own[f"control_trans.{at}.weight"], own[f"control_trans.{at}.bias"]) for at in (0, 2))
+    (first, shift), (last, offset) = (
+        (own[f"control_trans.{at}.weight"], own[f"control_trans.{at}.bias"]) for at in (0, 2)
+    )
     tokens = own["wte.weight"]
     fits = all(one.dim() == 2 for one in (tokens, first, last)) and tokens.shape[1] == first.shape[1]
     if not fits or (first.shape[0],) != shift.shape or last.shape != (*offset.shape, first.shape[0]):
