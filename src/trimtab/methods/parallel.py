@@ -2,15 +2,16 @@
 
     A = f + s · (W_up relu(W_down x + b_down) + b_up)
 
-once a layer, beside feed-forward: x [batch, length, width] is what feed-forward reads, f what it gives. The scale s is
-4, fixed or learned; W_up starts at zero, so that the start is exactly the base model. Trained parameters, L layers:
+once a layer, beside feed-forward: x [batch, length, width] is what feed-forward reads, f what it gives; with
+`reads=stream` x is the residual stream, which differs where a norm stands in front of feed-forward. The scale s is 4,
+fixed or learned; W_up starts at zero, so that the start is exactly the base model. Trained parameters, L layers:
 L · (2 · width · size + width + size), and L with a learned scale.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ class Parallel:
     """Whether s is trained."""
     activation: Activation = "relu"
     """Nonlinearity of the bottleneck: gelu, relu or swish."""
+    reads: Literal["branch", "stream"] = "branch"
+    """branch (what feed-forward reads) or stream (the residual stream in front of its norm, as adapters has it)."""
     layers: str | None = None
     """Layers to adapt, e.g. -10: or 0,2,5; all where not given."""
     start: Start = "zero"
@@ -64,16 +67,16 @@ class Parallel:
 
 
 class Beside(nn.Module):
-    """f + s · B(x), x the branch's input and f its output."""
-
-    reads = ("input",)
+    """f + s · B(x), x the branch's input, or the stream, and f its output."""
 
     def __init__(self, site: ActivationSite, method: Parallel):
         super().__init__()
         self.adapter = Bottleneck(site.width, method.bottleneck(site), method.activation, method.start)
+        self.reads = ("stream",) if method.reads == "stream" else ("input",)
         scale = torch.tensor(method.scale)
         self.scale: torch.Tensor | float = nn.Parameter(scale) if method.learn_scale else method.scale
 
-    def forward(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, output: torch.Tensor, **read: torch.Tensor) -> torch.Tensor:
         """[batch, length, width] twice -> [batch, length, width]"""
-        return output + (self.scale * self.adapter(input)).to(output.dtype)
+        (x,) = read.values()
+        return output + (self.scale * self.adapter(x)).to(output.dtype)

@@ -10,7 +10,8 @@ training:
 run once a forward, for all rows together. Self-attention of encoders and of decoders and cross-attention each have a
 set of their own. S are the keys and values that the frozen base gives real tokens (sampled ones, or a text), or noise;
 it is not trained, and W_2 and b_2 start at 0, so the prefix starts there. Rotary models keep the text's positions (keys
-are stored as after rotation), learned positions move up by the length. Deployed parameters: 2 · length · Σ key widths;
+are stored as after rotation), learned positions move up by the length unless `shift` is
+false. Deployed parameters: 2 · length · Σ key widths;
 in training those of the network.
 """
 
@@ -57,12 +58,13 @@ class Prefix:
     """Whether the encoder of an encoder-decoder gets a prefix."""
     cross: bool = True
     """Whether cross-attention gets a prefix."""
+    shift: bool = True
+    """Whether learned positions of the text move up by the length (the paper's code) or stay (the library adapters)."""
 
     name: ClassVar[str] = "prefix"
     kinds: ClassVar[frozenset[str]] = frozenset({"kv"})
     lr: ClassVar[float] = 5e-5  # the network's, as in the paper: SmolLM2 gets worse from 2e-4 on; flat wants 1e-2
     mergeable: ClassVar[bool] = False
-    moves_text: ClassVar[bool] = True
     formula: ClassVar[str] = "deployed 2·length·Σ keys"
     paper: ClassVar[str] = "Li and Liang 2021, arXiv:2101.00190"
 
@@ -80,9 +82,9 @@ class Prefix:
         for group in self._sets(sites):
             start = [real.get(site) or random_start(site, self.length) for site in group]
             if self.form == "flat":
-                parts |= stored_parts(group, start, self.dropout)
+                parts |= stored_parts(group, start, self.dropout, self.shift)
             else:
-                parts |= generated_parts(group, start, self.dropout, self.hidden)
+                parts |= generated_parts(group, start, self.dropout, self.hidden, self.shift)
         return parts
 
     def parameter_count(self, sites: Sites) -> int:
@@ -91,6 +93,11 @@ class Prefix:
         if self.form == "flat":
             return sum(self.length * outputs(group) for group in groups)
         return sum(network_size(group, self.length, self.hidden) for group in groups)
+
+    @property
+    def moves_text(self) -> bool:
+        """Whether the prefix takes positions of the text where the family counts learned ones."""
+        return self.shift
 
     def folded(self) -> Prefix:
         """The keys and values themselves."""

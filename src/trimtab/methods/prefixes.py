@@ -82,14 +82,14 @@ class Generator(nn.Module):
 
     start: torch.Tensor
 
-    def __init__(self, group: Sequence[KVSite], length: int, hidden: int, dropout: float):
+    def __init__(self, group: Sequence[KVSite], length: int, hidden: int, dropout: float, shift: bool = True):
         super().__init__()
         width = group[0].k.in_features
         self.tokens = nn.Parameter(torch.randn(length, width))
         self.first, self.last = nn.Linear(width, hidden), nn.Linear(hidden, outputs(group))
         self.register_buffer("start", torch.zeros(length, outputs(group)))
         self.shapes = [(site.kv_heads, site.head_dim) for site in group]
-        self.dropout, self.length = dropout, length
+        self.dropout, self.shift = dropout, length if shift else 0
         self.current: list[KeysValues] = []
         """What the present forward uses."""
 
@@ -122,7 +122,7 @@ class Generator(nn.Module):
     @torch.no_grad()
     def stored(self, index: int) -> StoredPrefix:
         """The inference form of one attention; the first of a set moves the text."""
-        return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.length)
+        return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.shift)
 
 
 def _dropped(pair: KeysValues, dropout: float, training: bool) -> KeysValues:
@@ -140,7 +140,7 @@ class Leader(nn.Module):
 
     def __init__(self, generator: Generator):
         super().__init__()
-        self.generator, self.shift, self.draws = generator, generator.length, generator.dropout > 0
+        self.generator, self.shift, self.draws = generator, generator.shift, generator.dropout > 0
 
     def prepare(self) -> None:
         """Run the network, once a forward."""
@@ -172,18 +172,20 @@ class Follower(nn.Module):
         return self.generator[0].stored(self.index)
 
 
-def stored_parts(group: Sequence[KVSite], start: Sequence[KeysValues], dropout: float) -> dict[Site, nn.Module]:
-    """Keys and values of a set that are trained themselves; the first one moves the text."""
+def stored_parts(
+    group: Sequence[KVSite], start: Sequence[KeysValues], dropout: float, shift: bool = True
+) -> dict[Site, nn.Module]:
+    """Keys and values of a set that are trained themselves; the first one moves the text, unless `shift` is false."""
     return {
-        site: StoredPrefix(pair, dropout, pair[0].shape[1] if site is group[0] else 0)
+        site: StoredPrefix(pair, dropout, pair[0].shape[1] if shift and site is group[0] else 0)
         for site, pair in zip(group, start, strict=True)
     }
 
 
 def generated_parts(
-    group: Sequence[KVSite], start: Sequence[KeysValues], dropout: float, hidden: int
+    group: Sequence[KVSite], start: Sequence[KeysValues], dropout: float, hidden: int, shift: bool = True
 ) -> dict[Site, nn.Module]:
     """A network that starts by making `start`, owned by the first of the set."""
-    generator = Generator(group, start[0][0].shape[1], hidden, dropout)
+    generator = Generator(group, start[0][0].shape[1], hidden, dropout, shift)
     generator.begin(start)
     return {site: Follower(generator, at) if at else Leader(generator) for at, site in enumerate(group)}

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from trimtab.adapter import Adapter, attach
 from trimtab.errors import UserError, unknown
 from trimtab.files import read_json
+from trimtab.peers.adapters import ADAPTERS
 from trimtab.peers.folder import Folder
 from trimtab.peers.kinds import Library
 from trimtab.peers.peft import PEFT
 
-LIBRARIES: Mapping[str, Library] = {PEFT.name: PEFT}
+LIBRARIES: Mapping[str, Library] = {library.name: library for library in (PEFT, ADAPTERS)}
 
 
 def library_of(folder: str | Path) -> Library | None:

@@ -49,7 +49,7 @@ class Folder:
         for name in library.weight_files:
             if (path / name).is_file():
                 tensors |= read_safetensors(path / name)
-        if not tensors:
+        if not tensors or not (path / library.weight_files[0]).is_file():
             raise UserError(_without_weights(path, library))
         return cls(path, config, tensors)
 
@@ -134,6 +134,13 @@ class Folder:
             raise self.wrong(key, value, "a list of texts")
         return value
 
+    def integers(self, key: str) -> list[int]:
+        """A list of whole numbers."""
+        value = self.config.get(key) or []
+        if not isinstance(value, list) or not all(type(one) is int for one in value):
+            raise self.wrong(key, value, "a list of whole numbers")
+        return value
+
     def choice(self, what: str, key: str, allowed: Any) -> str:
         """A text that is one of those allowed."""
         value = self.text(key)
@@ -155,4 +162,4 @@ def _without_weights(path: Path, library: Library) -> str:
             f"{path} offers {pickles[0]}, a pickle file, which can run code when read; "
             f"save it as safetensors: {library.how_to_save}"
         )
-    return f"{path} has no {' or '.join(library.weight_files)}"
+    return f"{path} has no {library.weight_files[0]}"

@@ -28,10 +28,15 @@ class Found:
     state: dict[str, torch.Tensor]
     """Its tensors by our names; those that are not here stay at a start that changes nothing."""
 
+    labels: tuple[str, ...] = ()
+    """The names of the head's classes, where the folder says them."""
+
     def classes(self, adapter: Adapter) -> tuple[str, ...]:
-        """Names for the classes of the folder's head, which has none, if their number is not the model's own."""
+        """Names for the classes of the folder's head: its own, or numbers if there are not as many as the model has."""
         last = [one for key, one in self.state.items() if key.startswith("head_") and key.endswith("weight")]
         own = adapter._entry.labels
+        if last and len(self.labels) == last[-1].shape[0]:
+            return self.labels
         if not last or len(own) == last[-1].shape[0]:
             return ()
         return tuple(f"LABEL_{index}" for index in range(last[-1].shape[0]))

@@ -14,7 +14,8 @@ from trimtab.errors import UserError
 from trimtab.methods import IA3
 from trimtab.peers.folder import Folder
 from trimtab.peers.kinds import Acting, Found, Kind, Model, Written, layer_spec, shortest_names
-from trimtab.peers.peft.lora import ROLES, START, linear_sites, whole_width
+from trimtab.peers.peft.lora import START
+from trimtab.peers.projections import ROLES, linear_sites, whole_width
 from trimtab.sites import LinearSite
 
 VECTOR = ".ia3_l"

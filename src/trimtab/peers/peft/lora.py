@@ -23,12 +23,12 @@ from trimtab.errors import UserError
 from trimtab.methods import LoRA
 from trimtab.peers.folder import Folder
 from trimtab.peers.kinds import Acting, Found, Kind, Model, Written, layer_spec, shortest_names
+from trimtab.peers.projections import ROLES, linear_sites, whole_width
 from trimtab.sites import LinearSite, Sites
 
 START = "base_model.model."
 A, B, M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 OLD_M = ".lora_magnitude_vector.weight"
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 UNKNOWN = (
     *("lora_bias", "use_qalora", "layer_replication", "trainable_token_indices", "target_parameters"),
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
@@ -66,14 +66,6 @@ def read(folder: Folder, place: Model) -> Found:
         for site in by_path[path]:
             state |= _tensors(site, update, method)
     return Found(method, state)
-
-
-def linear_sites(sites: Sites) -> dict[str, list[LinearSite]]:
-    """The projections by the module that computes them."""
-    found: dict[str, list[LinearSite]] = defaultdict(list)
-    for site in sites.linear:
-        found[site.path].append(site)
-    return found
 
 
 def _check_options(folder: Folder) -> None:
@@ -120,11 +112,6 @@ def _check_shapes(folder: Folder, path: str, update: Update, sites: list[LinearS
         raise folder.misshapen(path + B, up, f"[{outer}, {down.shape[0]}]")
     if magnitude is not None and magnitude.shape != (outer,):
         raise folder.misshapen(path + M, magnitude, f"[{outer}]")
-
-
-def whole_width(site: LinearSite) -> int:
-    """The outputs of the module that computes a projection, those of its other projections included."""
-    return int(site.module.nf if isinstance(site.module, Conv1D) else site.module.out_features)
 
 
 def _scale(folder: Folder, path: str, rank: int) -> float:

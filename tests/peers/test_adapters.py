@@ -1,0 +1,138 @@
+"""Folders of the library `adapters`: built by hand from its tensors, with the logits that it had for them.
+
+The tensors and logits are those that `python -m benchmarks.parity` wrote down in the library's own environment;
+`python -m benchmarks.exchange` compares whole folders with the library beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import trimtab as tt
+from benchmarks.parity import FIXTURE, TOLERANCE, Written, _base, outputs
+from tiny import inputs, output, tiny
+
+BOTTLENECK: dict[str, Any] = dict(
+    adapter_residual_before_ln=False, cross_adapter=False, dropout=0.0, inv_adapter=None, is_parallel=False,
+    leave_out=[], ln_after=False, ln_before=False, mh_adapter=False, non_linearity="relu", original_ln_after=True,
+    original_ln_before=True, output_adapter=True, phm_layer=False, reduction_factor=16, residual_before_ln=True,
+    scaling=1.0, stochastic_depth=0.0, use_gating=False,
+)  # fmt: skip
+PARALLEL = BOTTLENECK | dict(is_parallel=True, original_ln_before=False, reduction_factor=2, scaling=4.0)
+LORA: dict[str, Any] = dict(
+    alpha=8, architecture="lora", attn_matrices=["q", "v"], composition_mode="add", dropout=0.0,
+    intermediate_lora=False, leave_out=[], output_lora=False, r=8, selfattn_lora=True, use_dora=False, use_gating=False,
+)  # fmt: skip
+CONFIGS = {
+    "seq_bn": BOTTLENECK,
+    "double_seq_bn": BOTTLENECK | dict(mh_adapter=True, non_linearity="swish", original_ln_before=False),
+    "par_bn": PARALLEL,
+    "scaled_par_bn": PARALLEL | dict(scaling="learned"),
+    "lora": LORA,
+    "ia3": LORA | dict(alpha=1, r=1, attn_matrices=["k", "v"], composition_mode="scale", intermediate_lora=True),
+}
+"""What the library writes of its kinds, as far as it says how something is computed."""
+
+
+@pytest.fixture(scope="module")
+def written() -> Written:
+    return Written(FIXTURE)
+
+
+def folder(path: Path, kind: str, tensors: dict[str, torch.Tensor], **changes: Any) -> Path:
+    """A folder as `save_adapter` of the library makes it."""
+    path.mkdir()
+    config = {
+        "config": CONFIGS[kind] | changes, "hidden_size": 32, "model_class": "BertForSequenceClassification",
+        "model_name": "", "model_type": "bert", "name": "peer", "version": "adapters.1.3.0",
+    }  # fmt: skip
+    (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, path / "adapter.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_folder_gives_the_librarys_logits(kind: str, written: Written, tmp_path: Path) -> None:
+    """Read, and written back: the same tensors under the same names."""
+    tensors = written.under(f"{kind}/weights")
+    made = folder(tmp_path / "theirs", kind, tensors)
+    model = _base(written)
+    adapter = tt.load(model, made)
+    with torch.no_grad():
+        found = outputs(model, written.under("inputs"))["logits"]
+        bare = written.under("base")["logits"]
+    expected = written.under(kind)["logits"]
+    assert float((found - expected).abs().max()) <= TOLERANCE < float((expected - bare).abs().max())
+    adapter.export(tmp_path / "back", "adapters")
+    back = load_file(tmp_path / "back" / "adapter.safetensors")
+    name = next(iter(back)).split(".adapters." if "bn" in kind else ".loras.")[1].split(".")[0]
+    renamed = {key.replace(f".{name}.", ".peer."): value for key, value in back.items()}
+    assert renamed.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(renamed[key].reshape(tensor.shape), tensor), key
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("pfeiffer[size=5]", "llama"),
+        ("lora[r=3,targets=q,v]", "gpt2"),
+        ("ia3[targets=k,v,up]", "roberta"),
+        ("prefix[length=4,form=flat,shift=false]", "llama"),
+    ],
+)
+def test_what_is_written_is_read_again(method: str, family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny(family)
+    adapter = tt.attach(model, method)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        expected = output(model, inputs(family))
+        adapter.export(tmp_path / "out", "adapters")
+        fresh = tiny(family)
+        bare = output(fresh, inputs(family))
+        tt.load(fresh, tmp_path / "out")
+        found = output(fresh, inputs(family))
+    assert torch.allclose(found, expected, atol=1e-6) and not torch.allclose(bare, expected, atol=1e-3)
+
+
+def test_convert_both_ways(written: Written, tmp_path: Path) -> None:
+    base = _base(written)
+    base.save_pretrained(tmp_path / "base")
+    made = folder(tmp_path / "theirs", "seq_bn", written.under("seq_bn/weights"))
+    tt.convert(made, tmp_path / "ours", model=str(tmp_path / "base"))
+    tt.convert(tmp_path / "ours", tmp_path / "back", to="adapters", model=str(tmp_path / "base"))
+    back = load_file(tmp_path / "back" / "adapter.safetensors")
+    assert sum(tensor.numel() for tensor in back.values()) == sum(
+        tensor.numel() for tensor in written.under("seq_bn/weights").values()
+    )
+
+
+def test_refusals(written: Written, tmp_path: Path) -> None:
+    tensors = written.under("seq_bn/weights")
+    model = _base(written)
+    pickled = folder(tmp_path / "pickled", "seq_bn", tensors)
+    (pickled / "adapter.safetensors").rename(pickled / "pytorch_adapter.bin")
+    with pytest.raises(tt.UserError, match=r"safetensors"):
+        tt.load(model, pickled)
+    odd = folder(tmp_path / "odd", "seq_bn", tensors, phm_layer=True)
+    with pytest.raises(tt.UserError, match="phm"):
+        tt.load(model, odd)
+    unknown = folder(tmp_path / "unknown", "lora", tensors, architecture="reft")
+    with pytest.raises(tt.UserError, match="reft"):
+        tt.load(model, unknown)
+    lacking = folder(tmp_path / "lacking", "seq_bn", dict(list(tensors.items())[1:]))
+    with pytest.raises(tt.UserError):
+        tt.load(model, lacking)
+    broken = folder(tmp_path / "broken", "seq_bn", tensors)
+    (broken / "adapter.safetensors").write_bytes((broken / "adapter.safetensors").read_bytes()[:100])
+    with pytest.raises(tt.UserError):
+        tt.load(model, broken)
+    assert not tt.adapters(model)
