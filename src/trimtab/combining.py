@@ -34,8 +34,18 @@ from safetensors.torch import save_file
 
 from trimtab import config as settings
 from trimtab.apart import check_apart
-from trimtab.checkpoint import COMBINED, CONFIG, WEIGHTS, atomic_folder, read_adapter_config, read_tensors, write_json
+from trimtab.checkpoint import (
+    CHECKSUM,
+    COMBINED,
+    CONFIG,
+    WEIGHTS,
+    atomic_folder,
+    read_adapter_config,
+    read_tensors,
+    write_json,
+)
 from trimtab.errors import UserError, unknown
+from trimtab.files import digest
 from trimtab.hub import at_hand
 from trimtab.methods.lora import LoRA
 from trimtab.methods.spec import method_from_dict, method_to_dict
@@ -141,7 +151,7 @@ def _read(folders: Sequence[Path], weights: Sequence[float]) -> list[Part]:
             raise UserError(f"{folder} is an adapter of {method.name}; only LoRAs are summed")
         if method.dora:
             raise UserError(f"{folder} is a DoRA, whose magnitudes are no sum; merge it into the base instead")
-        found.append(Part(folder, float(weight), config, method, read_tensors(folder, config["method"])))
+        found.append(Part(folder, float(weight), config, method, read_tensors(folder, config)))
     return found
 
 
@@ -297,7 +307,7 @@ def _write(
     config = {**first.config, "method": method_to_dict(method), COMBINED: dict(made)}
     metadata = {"format": "pt", "method": json.dumps(config["method"], sort_keys=True)}
     save_file(dict(tensors), folder / WEIGHTS, metadata=metadata)
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, {**config, CHECKSUM: digest(folder / WEIGHTS)})
     run = first.folder / RUN
     if run.is_file():  # how rows are cut and texts are looked for
         values = {**settings.read_yaml(run, typed=True), "method": config["method"]}

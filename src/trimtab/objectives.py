@@ -50,7 +50,7 @@ Found = tuple[Any, Any, Tensor]
 def objective_of(base: PreTrainedModel, inputs: dict[str, Any]) -> Objective | None:
     """What is learned from a batch; None for what is left to transformers (several labels a row, …)."""
     labels = inputs.get("labels")
-    if labels is None:
+    if labels is None or "start_positions" in inputs:
         return None
     numbers, classes = labels.is_floating_point(), getattr(base.config, "num_labels", 2)
     if labels.dim() == 1 and numbers:

@@ -367,6 +367,7 @@ def test_a_folder_needs_the_small_models_source_no_more(family: str, tmp_path: P
     torch.testing.assert_close(output(fresh, batch), expected, rtol=0, atol=1e-9)
     loaded.save(tmp_path / "again")
     first, second = (json.loads((tmp_path / name / CONFIG).read_text()) for name in ("adapter", "again"))
+    assert first.pop("checksum") and second.pop("checksum")  # of files whose headers may be in another order
     assert first == second and first["small_model"]["path"] == first["method"]["model"] == str(small)
     assert len(first["small_model"]["fingerprint"]) == 32 and first["base"]["fingerprint"]
 
