@@ -343,9 +343,12 @@ def load(
     if not force:
         _check_base(model, config, folder)
     shapes = getattr(method, "for_loading", lambda: method)()  # without what only the start needs: text, labels
-    context = Context(brought=config.get(SMALL))
-    if context.brought is None:  # whose size its own configuration says
-        _check_room(shapes, Sites(model), tensors, folder)
+    room, context = ROOM * sum(tensor.numel() for tensor in tensors.values()) + ROOM_AT_LEAST, Context()
+    for one in getattr(shapes, "methods", (shapes,)):
+        if getattr(one, "brings_model", False):  # what the folder does not describe is not looked for elsewhere
+            context = Context(brought=config.get(SMALL, {}), room=room)
+        else:
+            _check_room(one, Sites(model), room, folder)
     adapter = attach_in(context, model, shapes, name or str(config.get("name") or "default"))
     try:
         _check_encoder(adapter, config, folder, force)
@@ -361,18 +364,17 @@ def load(
     return adapter
 
 
-def _check_room(method: Any, sites: Sites, tensors: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+def _check_room(method: Any, sites: Sites, room: int, folder: str | Path) -> None:
     """Raises UserError where a configuration asks for far more numbers than its tensors have, before they are made.
 
     Some more are let through: the error that lists missing and mis-shaped tensors says more.
     """
-    held = sum(tensor.numel() for tensor in tensors.values())
     try:
         wanted = method.parameter_count(sites)
     except ArithmeticError as error:
         raise UserError(f"{folder}: the sizes of {method.name} mean nothing: {error}") from None
-    if wanted > ROOM * held + ROOM_AT_LEAST:
-        raise UserError(f"{folder}: the configuration asks for far more numbers than the {held:,} in {WEIGHTS}")
+    if wanted > room:
+        raise UserError(f"{folder}: the configuration asks for far more numbers than {WEIGHTS} has")
 
 
 def _check_labels(

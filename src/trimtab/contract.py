@@ -23,7 +23,8 @@ trained tensors there. What the frame calls on a part depends on the site's kind
              (cache.py), besides the last; `layers` those that the part's own layers stand beside, in order, for room
              in caches, or `keeps`, the configuration of a whole model of the part's own; beside an encoder that a
              decoder attends to, what it gives reaches the decoder's part, if that has `reads_encoder`, as
-             `reading.memory`; a part with a model of its own has `brings`, what an adapter's folder says of it
+             `reading.memory`; a part with a model of its own has `brings`, what an adapter's folder says of it, and
+             its method `brings_model`
     head     forward(hidden) -> logits, in place of the base's head
 
     module   forward(x, y) -> y' at any module, for layers of other libraries (bridge.py); write_into(module), if the
@@ -100,6 +101,8 @@ class Context:
     """The task's label words, for methods that start from them."""
     brought: Mapping[str, Any] | None = None
     """What an adapter's folder says of a model that the adapter brings, whose weights are loaded afterwards."""
+    room: int | None = None
+    """The numbers that such a model may have at most."""
     record: Callable[[Sequence[int]], Mapping[KVSite, tuple[torch.Tensor, torch.Tensor]]] = lambda ids: {}
     """Keys and values [kv_heads, P, head_dim] that the frozen base gives P token ids, by kv site."""
 

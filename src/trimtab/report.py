@@ -422,8 +422,9 @@ def _results(name: str, task: Mapping[str, Any], data: Sequence[str], after: Map
     if not after or not data:
         return []
     held_out = _short(data[-1])
+    pictures = "image_column" in task and "text_column" not in task
     result = {
-        "task": {"type": _HUB_TASKS.get(str(task.get("name")), "other")},
+        "task": {"type": "image-classification" if pictures else _HUB_TASKS.get(str(task.get("name")), "other")},
         "dataset": {"name": held_out, "type": data[-1] if _is_hub_id(data[-1]) else held_out},
         "metrics": [{"type": key, "value": value, "name": _TITLES.get(key, key)} for key, value in after.items()],
     }
@@ -458,6 +459,7 @@ _HUB_TASKS = {
     "classify": "text-classification",
     "regress": "text-classification",
     "tag": "token-classification",
+    "span": "question-answering",
     "choose": "multiple-choice",
     "generate": "text-generation",
 }

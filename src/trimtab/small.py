@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from trimtab.checkpoint import model_fingerprint
 from trimtab.copies import dropouts
@@ -66,9 +66,15 @@ def load_small(source: str) -> Small:
     return replace(small, said=said)
 
 
-def small_from(said: Mapping[str, Any]) -> Small:
-    """The small model that an adapter's folder describes, its weights to be loaded. Raises UserError."""
+def small_from(said: Mapping[str, Any], room: int | None = None) -> Small:
+    """The small model that an adapter's folder describes, its weights to be loaded.
+
+    Raises UserError for a broken description, and for one of far more numbers than the folder has, before they are
+    made.
+    """
     source = str(said.get("path"))
+    if room is not None and _size(source, config_of(said.get("config")))[0] > room:
+        raise UserError(f"the small model {source!r} is described with far more numbers than the adapter has")
     return replace(_small(source, empty_body(config_of(said.get("config")))), said=said)
 
 
@@ -77,7 +83,11 @@ def small_size(source: str) -> tuple[int, int]:
 
     Raises UserError where there is no such model.
     """
-    small = _small(source, empty_body(load_config(source), "meta"))
+    return _size(source, load_config(source))
+
+
+def _size(source: str, config: PreTrainedConfig) -> tuple[int, int]:
+    small = _small(source, empty_body(config, "meta"))
     return sum(weight.numel() for weight in small.body.parameters()), small.site.width
 
 

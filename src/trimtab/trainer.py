@@ -443,9 +443,10 @@ class Trainer(transformers.Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        ratio = self.args.learning_rate / read_about(Path(checkpoint)).get("lr", self.args.learning_rate)
-        if ratio == 1:
+        known = read_about(Path(checkpoint)).get("lr")
+        if not known or known == self.args.learning_rate:  # checkpoints of older versions do not say it
             return
+        ratio = self.args.learning_rate / known
         schedule: Any = self.lr_scheduler
         schedule = getattr(schedule, "scheduler", schedule)  # inside accelerate's
         for name in ("base_lrs", "_last_lr"):

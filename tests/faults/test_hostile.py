@@ -135,6 +135,21 @@ def test_configurations_of_peft(tmp_path: Path, record_property: Callable) -> No
     record_property("trials", CASES)
 
 
+def test_configurations_of_adapters(tmp_path: Path, record_property: Callable) -> None:
+    folder = _adapter(1).export(tmp_path / "adapter", "adapters")
+    clean = json.loads((folder / CONFIG).read_text())
+    inner = st.dictionaries(st.sampled_from(sorted(clean["config"])), VALUES, max_size=3)
+    outer = st.dictionaries(st.sampled_from(sorted(clean)), VALUES, max_size=2)
+
+    @SETTINGS
+    @given(inner, outer)
+    def case(changes: dict[str, Any], others: dict[str, Any]) -> None:
+        _loads_or_says(folder, json.dumps({**clean, "config": {**clean["config"], **changes}, **others}))
+
+    case()
+    record_property("trials", CASES)
+
+
 def test_tasks(record_property: Callable) -> None:
     names = st.sampled_from(["classify", "generate", "regress", "tag", "choose", "x"])
     fields = st.sampled_from(["text_column", "label_column", "labels", "template", "chat", "image_column", "words"])

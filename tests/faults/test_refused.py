@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from faults.moments import LONG, SAID, At, changes, chosen, inside, refuse
 from faults.test_killed import _adapter, _check, _state, _train
 from trimtab.checkpoint import WEIGHTS
@@ -62,8 +60,8 @@ def test_a_limit_on_bytes_in_a_run(tmp_path: Path, record_property: Callable) ->
     record_property("trials", len(limits))
 
 
-@pytest.mark.parametrize("what", ["adapter", "run"])
-def test_a_read_only_folder(tmp_path: Path, what: str) -> None:
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    """An adapter and a run, one after the other: the parents' modes are changed for both."""
     (tmp_path / "run").mkdir()
     adapter = _adapter(1)
     own = [path for path in tmp_path.parents if path != Path("/") and path.stat().st_uid == os.getuid()]
@@ -73,16 +71,15 @@ def test_a_read_only_folder(tmp_path: Path, what: str) -> None:
     (tmp_path / "run").chmod(0o555)
     tmp_path.chmod(0o555)
 
-    def work() -> None:
+    def without_rights(work: Callable[[], object]) -> None:
         if os.getuid() == 0:
             os.setuid(65534)
-        if what == "adapter":
-            adapter.save(tmp_path / "run")
-        else:
-            _train(tmp_path)
+        assert (tmp_path / "run").is_dir()  # the folder is seen, and may not be written
+        work()
 
     try:
-        assert inside(work) == SAID
+        for work in (lambda: adapter.save(tmp_path / "run"), lambda: _train(tmp_path)):
+            assert inside(lambda work=work: without_rights(work)) == SAID
     finally:
         for path, mode in modes.items():
             path.chmod(mode)

@@ -380,6 +380,7 @@ def test_a_broken_description_is_one_sentence_and_nothing_is_attached(tmp_path: 
         ({"config": None}, "configuration is broken"),
         ({"config": {**good["small_model"]["config"], "model_type": "nonsense"}}, "configuration is broken"),
         ({"config": {**good["small_model"]["config"], "hidden_size": 24}}, "do not fit the adapter"),
+        ({"config": {**good["small_model"]["config"], "intermediate_size": 10**9}}, "far more numbers"),
     ):
         changed = {**good, "small_model": {**good["small_model"], **damage}}
         (tmp_path / CONFIG).write_text(json.dumps(changed))

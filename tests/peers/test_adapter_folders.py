@@ -135,4 +135,14 @@ def test_refusals(written: Written, tmp_path: Path) -> None:
     (broken / "adapter.safetensors").write_bytes((broken / "adapter.safetensors").read_bytes()[:100])
     with pytest.raises(tt.UserError):
         tt.load(model, broken)
+    bare = folder(tmp_path / "bare", "seq_bn", tensors)
+    (bare / "adapter.safetensors").unlink()
+    with pytest.raises(tt.UserError, match=r"has no adapter\.safetensors"):
+        tt.load(model, bare)
+    outside = folder(tmp_path / "outside", "seq_bn", {f"../../{key}": tensor for key, tensor in tensors.items()})
+    with pytest.raises(tt.UserError):
+        tt.load(model, outside)
+    huge = folder(tmp_path / "huge", "lora", written.under("lora/weights"), r=10**9)
+    with pytest.raises(tt.UserError, match="rank is 1e\\+09, its tensors have 8"):
+        tt.load(model, huge)
     assert not tt.adapters(model)

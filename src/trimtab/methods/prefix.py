@@ -10,9 +10,8 @@ training:
 run once a forward, for all rows together. Self-attention of encoders and of decoders and cross-attention each have a
 set of their own. S are the keys and values that the frozen base gives real tokens (sampled ones, or a text), or noise;
 it is not trained, and W_2 and b_2 start at 0, so the prefix starts there. Rotary models keep the text's positions (keys
-are stored as after rotation), learned positions move up by the length unless `shift` is
-false. Deployed parameters: 2 · length · Σ key widths;
-in training those of the network.
+are stored as after rotation), learned positions move up by the length unless `shift` is false. Deployed parameters:
+2 · length · Σ key widths; in training those of the network.
 """
 
 from __future__ import annotations

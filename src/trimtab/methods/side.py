@@ -127,6 +127,11 @@ class Side:
         return own + sum(self._count(site) for site in sites.states)
 
     @property
+    def brings_model(self) -> bool:
+        """Whether the adapter's folder describes a model of its own."""
+        return self.model is not None
+
+    @property
     def settles_at(self) -> float:
         """Checkpoints of a distilled network alone are no candidates for the best one."""
         return self.distill or -1.0
@@ -158,7 +163,7 @@ class Side:
         from trimtab.small import load_small, small_from  # which load models, and these need to know the methods
 
         assert self.model is not None
-        small = load_small(self.model) if context.brought is None else small_from(context.brought)
+        small = load_small(self.model) if context.brought is None else small_from(context.brought, context.room)
         check_small(sites, small)
         if context.brought is None:
             check_inputs(sites, small, context.tokenizer)

@@ -102,9 +102,9 @@ def claim(trial: Any) -> None:
     trial.set_user_attr(OWNER, [socket.gethostname(), os.getpid()])
 
 
-def running(study: Any, mine: int | None = None) -> int:
-    """The trials that are being run, but for the one with the number `mine`; those of processes that are gone are told
-    to have failed and put back in the queue.
+def running(study: Any) -> int:
+    """The trials that are being run; those of processes that are gone are told to have failed and put back in the
+    queue.
     """
     library = optuna()
     states = library.trial.TrialState
@@ -113,7 +113,7 @@ def running(study: Any, mine: int | None = None) -> int:
     patience = max(LONGEST, 20 * max(took, default=0.0))
     alive = 0
     for trial in trials:
-        if trial.state != states.RUNNING or trial.number == mine:
+        if trial.state != states.RUNNING:
             continue
         if _is_alive(trial, patience):
             alive += 1

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from trimtab.adapter import Adapter
@@ -88,7 +89,7 @@ def kind_of(config: Folder) -> Kind:
         return seq_bn.KIND if config.flag("original_ln_before") else double_seq_bn.KIND
     if said == "lora":
         return ia3.KIND if config.text("composition_mode", "add") == "scale" else lora.KIND
-    if said in KINDS:
+    if isinstance(said, str) and said in KINDS:
         return KINDS[said]
     raise UserError(
         f"{config.path} is an adapter of the kind {str(said)[:60]}, which trimtab does not read; it reads "
@@ -98,9 +99,7 @@ def kind_of(config: Folder) -> Kind:
 
 def write(adapter: Adapter, folder: Path) -> Path:
     """An adapter in adapters' files. Raises UserError for what adapters cannot express; then nothing is written."""
-    from safetensors.torch import save_file
-
-    from trimtab.checkpoint import atomic_write, write_json
+    from trimtab.checkpoint import write_json
 
     form = acting(adapter)
     method = only_method(form.method, "adapters")
@@ -114,13 +113,20 @@ def write(adapter: Adapter, folder: Path) -> Path:
     head, head_tensors = heads.write_head(adapter, about)
     tensors = {with_name(key, name): tensor for key, tensor in written.tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    _save = lambda own: lambda path: save_file(plain(own), path, metadata={"format": "pt"})  # noqa: E731
-    atomic_write(folder / WEIGHTS, _save(tensors))
+    _save(tensors, folder / WEIGHTS)
     if head:
-        atomic_write(folder / heads.WEIGHTS, _save(head_tensors))
+        _save(head_tensors, folder / heads.WEIGHTS)
         write_json(folder / heads.CONFIG, head)
     write_json(folder / CONFIG, {**about, "config": written.config, "name": name})
     return folder
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from trimtab.checkpoint import atomic_write
+
+    atomic_write(path, lambda part: save_file(plain(tensors), part, metadata={"format": "pt"}))
 
 
 def _about(model: PreTrainedModel) -> dict[str, Any]:

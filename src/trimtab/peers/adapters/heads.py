@@ -14,7 +14,8 @@ import torch
 
 from trimtab.adapter import Adapter
 from trimtab.errors import UserError
-from trimtab.peers.folder import PICKLES, Folder, read_json
+from trimtab.files import read_json
+from trimtab.peers.folder import PICKLES, Folder
 from trimtab.peers.kinds import Model, head_parts
 
 CONFIG, WEIGHTS = "head_config.json", "model_head.safetensors"
