@@ -95,6 +95,8 @@ class _Answers(BaseHTTPRequestHandler):
                 return self._say(200, listed)
             names = [{"rfilename": name} for name in files]
             return self._say(200, {"id": "/".join(parts[2:4]), "sha": commit_of(files), "siblings": names, "tags": []})
+        if len(parts) < 5:
+            return self._say(404, {"error": "this hub has repositories and their files alone"})
         files = self._files("/".join(parts[:2]), parts[3])
         if files is None:
             return None
