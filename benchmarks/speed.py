@@ -126,17 +126,8 @@ class Bench:
 
     def run(self, side: str, workload: Workload, name: str, *more: str) -> dict[str, Any]:
         """One process's result, from its file if it has run before."""
-        file = self.folder / f"{workload.name}-{name}.json"
-        settings = [
-            workload.ours,
-            dict(workload.theirs),
-            workload.epochs,
-            workload.lr,
-            self.rows[rows_of(workload)].name,
-            revision(side),
-        ]
-        known = json.loads(file.read_text()) if file.exists() else {}
-        if known.get("settings") != settings:
+        file, known = self._file(workload, name), self.known(side, workload, name)
+        if known is None:
             unfinished = file.with_suffix(".part")
             here = side in ("ours", "floor") or name == "bare-ours"
             python = Path(sys.executable) if here else self.pythons[self.home(workload)]
@@ -147,10 +138,27 @@ class Bench:
             found = subprocess.run(command, cwd=ROOT, env=_quiet(), capture_output=True, text=True, check=False)
             if found.returncode:
                 raise SystemExit(f"{workload.name}, {side}: {found.stderr[-3000:]}")
-            known = {"settings": settings, **json.loads(unfinished.read_text())}
+            known = {"settings": self._settings(side, workload), **json.loads(unfinished.read_text())}
             write(file, json.dumps(known))
             unfinished.unlink()
         return known
+
+    def known(self, side: str, workload: Workload, name: str) -> dict[str, Any] | None:
+        """The result of a process that has run before with the same settings."""
+        file = self._file(workload, name)
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return found if found.get("settings") == self._settings(side, workload) else None
+
+    def forget(self, workload: Workload, name: str) -> None:
+        """Have a process run again."""
+        self._file(workload, name).unlink(missing_ok=True)
+
+    def _file(self, workload: Workload, name: str) -> Path:
+        return self.folder / f"{workload.name}-{name}.json"
+
+    def _settings(self, side: str, workload: Workload) -> list[Any]:
+        rows = self.rows[rows_of(workload)].name
+        return [workload.ours, dict(workload.theirs), workload.epochs, workload.lr, rows, revision(side)]
 
     @staticmethod
     def home(workload: Workload) -> str:
@@ -177,8 +185,11 @@ def check(bench: Bench, workload: Workload) -> float | None:
     if workload.why:
         return None
     state = bench.folder / f"{workload.name}-start.safetensors"
+    if bench.known("ours", workload, "check-ours") is None:
+        bench.forget(workload, "check-peer")  # which writes what ours starts from
     theirs = bench.run("peer", workload, "check-peer", "--check", "--state", str(state))["losses"]
     ours = bench.run("ours", workload, "check-ours", "--check", "--state", str(state))["losses"]
+    state.unlink(missing_ok=True)
     worst = max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
     if worst > TOLERANCE:
         raise SystemExit(f"{workload.name}: losses differ by {worst:.1e}: {ours} and the peer's {theirs}")
