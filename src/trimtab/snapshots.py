@@ -90,12 +90,16 @@ def building(target: Path, main: bool = True) -> Iterator[Path]:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for a whole."""
+    """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for a whole.
+
+    Raises UserError where the system does not let it be deleted.
+    """
     if checkpoint.exists():
         doomed = checkpoint.with_name(f".gone-{checkpoint.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed)
+        with writing(checkpoint):
+            shutil.rmtree(doomed, ignore_errors=True)
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def rotate(run: str | Path, keep: int | None, protected: Path | None = None) -> None:

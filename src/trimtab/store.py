@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
+from trimtab.files import writing
 
 LOG = logging.getLogger("trimtab")
 INDEX, ROWS, LOCK = "index.json", "states-{}.bin", "lock"
@@ -159,7 +160,10 @@ class Store:
         return folder
 
     def _read_index(self, folder: Path) -> None:
-        """Take over what an earlier run left, if it was made from the same facts and is whole."""
+        """Take over what an earlier run left, if it was made from the same facts and is whole.
+
+        Raises UserError where the folder cannot be written.
+        """
         try:
             content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             sound = content.pop("check") == _check(content)
@@ -176,12 +180,14 @@ class Store:
             content, whole = {}, False
         if whole and content["facts"] == self.facts:
             self.places, self._path = places, path
-            self._file = open(path, "r+b")  # noqa: SIM115
-            self._file.truncate(max((place.end for _, place in places.values()), default=0))
-            self._end = self._file.seek(0, os.SEEK_END)
+            with writing(folder):
+                self._file = open(path, "r+b")  # noqa: SIM115
+                self._file.truncate(max((place.end for _, place in places.values()), default=0))
+                self._end = self._file.seek(0, os.SEEK_END)
             return
-        for old in [folder / INDEX, *folder.glob(ROWS.format("*"))]:
-            old.unlink(missing_ok=True)
+        with writing(folder):
+            for old in [folder / INDEX, *folder.glob(ROWS.format("*"))]:
+                old.unlink(missing_ok=True)
 
     def _append(self, states: Tensor) -> Place:
         if self._file is None:
