@@ -700,15 +700,19 @@ def _describe_fields(cls: Any) -> list[dict[str, Any]]:
 @command("inspect")
 def inspect_(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An output folder, or a folder of them.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder of trimtab, peft or adapters, or a folder of them.", show_default=False
+        ),
     ],
     as_json: Json = False,
 ) -> None:
-    """Show what an output folder holds.
+    """Show what an adapter's folder holds.
 
-    Of a folder of such folders, a table.
+    Of a folder of such folders, a table. No model is loaded.
     """
-    from trimtab.report import findings, read_run, result_table, run_folders, runs_table, size_line, summary
+    from trimtab.inspection import look
+    from trimtab.report import run_folders, runs_table
 
     if not folder.exists():
         _hush_libraries()
@@ -717,20 +721,35 @@ def inspect_(
         folder = at_hand(folder)
     folders = run_folders(folder)
     alone = folders == [folder]
+    found = [look(one) for one in folders]
     if as_json:
-        return _print_json(summary(folder) if alone else [summary(one) for one in folders])
+        return _print_json(found[0] if alone else found)
     if not alone:
-        return _show(runs_table([summary(one) for one in folders]))
-    facts, found = read_run(folder), summary(folder)
-    for title in ("method", "base", "data"):
-        print(f"{title:7}{found[title] or '–'}")
-    if found["task"]:
-        print(f"task   {found['task'].get('name')}  {', '.join(found['task'].get('labels') or [])}".rstrip())
-    for sentence in findings(facts):
-        print(f"found  {sentence}")
-    print(f"size   {size_line(facts)}")
+        return _show(runs_table(found))
+    _print_folder(found[0])
+
+
+def _print_folder(found: dict[str, Any]) -> None:
+    """One folder as `look` (inspection.py) found it."""
+    from trimtab.inspection import OURS, settings_text
+    from trimtab.report import findings, read_run, result_table, size_line
+
+    ours = found["library"] == OURS
+    lines = [
+        ("method", found["method"] if ours else f"{found['kind']} of {found['library']}; here {found['method']}"),
+        ("with", "" if ours else settings_text(found["fields"])),
+        ("base", found["base"]),
+        ("data", (found["data"] or "–") if ours else ""),
+        ("task", f"{found['task'].get('name') or '–'}  {', '.join(found['task'].get('labels') or [])}".rstrip()),
+        *(("found", sentence) for sentence in (findings(read_run(found["folder"])) if ours else [])),
+        ("size", size_line({"metrics": found, "bits": found["bits"]})),
+        *(("warn", sentence) for sentence in found["warnings"]),
+    ]
+    for title, text in lines:
+        if text:
+            print(f"{title:7}{text}")
     if found["after"]:  # an adapter saved from Python was not evaluated
-        _show(result_table(facts))
+        _show(result_table({"metrics": found}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 from trimtab.adapter import Adapter, Entry, attach_in, folded_method, folded_parts
 from trimtab.contract import Context, folded
 from trimtab.errors import UserError
-from trimtab.files import digest, exchanged, read_json, writing
+from trimtab.files import digest, exchanged, read_json, safetensors, writing
 from trimtab.methods.spec import method_from_dict, method_to_dict
 from trimtab.sites import HeadSite, Sites, task_heads
 from trimtab.snapshots import sync
@@ -297,12 +296,9 @@ def read_tensors(folder: str | Path, config: Mapping[str, Any]) -> dict[str, tor
                 f"{folder} offers {pickles[0]}, a pickle file, which can run code when read; save it as safetensors"
             )
         raise UserError(f"{folder} has no {WEIGHTS}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            whose = (file.metadata() or {}).get(_METHOD)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    with safetensors(path) as file:
+        whose = (file.metadata() or {}).get(_METHOD)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if whose is not None and whose != json.dumps(config["method"], sort_keys=True):
         said = whose[:200]
         raise UserError(f"{path} holds the tensors of {said}, {CONFIG} names another method; the save was cut short")

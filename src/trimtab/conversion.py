@@ -84,8 +84,8 @@ def _source(folder: Path) -> Source:
         raise UserError(f"{folder} is no folder")
     library = peers.library_of(folder)
     if library is not None:
-        said = peers.describe(folder)
-        return Source(library.name, said["base"], said["task"])
+        said = peers.describe(folder, library)
+        return Source(library.name, said.base, said.task)
     config: dict[str, Any] = read_adapter_config(folder)
     base = config["base"]
     return Source(OURS, str(base.get("path") or ""), str(base.get("class") or ""), config.get("labels") or ())

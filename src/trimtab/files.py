@@ -7,13 +7,14 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import UserError
 
@@ -51,6 +52,24 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number of JSON")
+
+
+@contextmanager
+def safetensors(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """An open file of tensors. Raises UserError where it is missing or broken."""
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def count_floats(path: Path) -> int:
+    """How many floating-point numbers a file of tensors holds, by its header."""
+    with safetensors(path, "np") as file:
+        found = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
+        floats = [one for one in found if "F" in one.get_dtype()]  # F32, BF16, …: not the ids of a found text
+        return sum(math.prod(one.get_shape()) for one in floats)
 
 
 def digest(path: Path) -> str:

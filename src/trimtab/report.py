@@ -13,12 +13,12 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from trimtab.config import read_yaml
 from trimtab.errors import UserError
+from trimtab.files import count_floats, safetensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,11 +110,7 @@ def _stored(weights: Path) -> dict[str, Any]:
     """What the file of an adapter saved from Python says of its size, in the form of metrics.json."""
     if not weights.is_file():
         return {}
-    with _safetensors(weights) as file:
-        stored = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
-        trained = [one for one in stored if "F" in one.get_dtype()]  # F32, BF16, …: not the ids of a found text
-        count = sum(math.prod(one.get_shape()) for one in trained)
-    return {"parameters": {"trainable": count}, "bytes": weights.stat().st_size}
+    return {"parameters": {"trainable": count_floats(weights)}, "bytes": weights.stat().st_size}
 
 
 def _bits(weights: Path) -> int:
@@ -123,20 +119,8 @@ def _bits(weights: Path) -> int:
 
     if not weights.is_file():
         return 0
-    with _safetensors(weights) as file:
+    with safetensors(weights, "np") as file:
         return int((file.metadata() or {}).get(BITS, 0))
-
-
-@contextmanager
-def _safetensors(path: Path) -> Iterator[Any]:
-    """An open file. Raises UserError where it is broken."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as safetensors: {error}") from None
 
 
 def _read_adapter(folder: Path) -> dict[str, Any]:

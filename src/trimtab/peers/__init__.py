@@ -13,11 +13,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trimtab.adapter import Adapter, attach
-from trimtab.errors import UserError, unknown
+from trimtab.errors import unknown
 from trimtab.files import read_json
 from trimtab.peers.adapters import ADAPTERS
 from trimtab.peers.folder import Folder
-from trimtab.peers.kinds import Library
+from trimtab.peers.kinds import Described, Library
 from trimtab.peers.peft import PEFT
 
 LIBRARIES: Mapping[str, Library] = {library.name: library for library in (PEFT, ADAPTERS)}
@@ -65,12 +65,7 @@ def export(adapter: Adapter, folder: str | Path, to: str) -> Path:
     return LIBRARIES[to].write(adapter, Path(folder))
 
 
-def describe(folder: str | Path) -> dict[str, Any]:
-    """What another library's configuration says of its base model: `base`, its name, and `task`.
-
-    Raises UserError where none of the libraries wrote the folder.
-    """
-    library = library_of(folder)
-    if library is None:
-        raise UserError(f"{folder} is no adapter folder of {' or '.join(LIBRARIES)}")
-    return library.base_of(read_json(Path(folder) / library.config_file), Path(folder))
+def describe(folder: str | Path, library: Library) -> Described:
+    """What the folder's configuration says. Raises UserError for a broken one, and a field of the wrong type."""
+    path = Path(folder)
+    return library.describe(Folder(path, read_json(path / library.config_file), {}))

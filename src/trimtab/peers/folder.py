@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import UserError, unknown
-from trimtab.files import read_json
+from trimtab.files import read_json, safetensors
 from trimtab.peers.kinds import Library
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -23,11 +22,8 @@ SHOWN = 3
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file. Raises UserError where it is missing, damaged, or holds other numbers than floats."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    with safetensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise UserError(f"{path}: {key} holds {tensor.dtype}, not floating-point numbers")
@@ -46,11 +42,10 @@ class Folder:
         path = Path(folder)
         config = read_json(path / library.config_file)
         tensors: dict[str, torch.Tensor] = {}
-        for name in library.weight_files:
-            if (path / name).is_file():
-                tensors |= read_safetensors(path / name)
-        if not tensors or not (path / library.weight_files[0]).is_file():
-            raise UserError(_without_weights(path, library))
+        for file in weight_files(path, library):
+            tensors |= read_safetensors(file)
+        if not tensors:
+            raise UserError(f"{path}: {library.weight_files[0]} holds no tensors")
         return cls(path, config, tensors)
 
     def take(self, key: str) -> torch.Tensor:
@@ -153,6 +148,14 @@ class Folder:
         for key in keys:
             if self.config.get(key) not in (None, False, [], {}, "", 0):
                 raise UserError(f"{self.path} uses {key}, which trimtab's {what} has not")
+
+
+def weight_files(path: Path, library: Library) -> list[Path]:
+    """The files of a folder's tensors. Raises UserError where the adapter's own is missing, with how to do without a
+    pickle."""
+    if not (path / library.weight_files[0]).is_file():
+        raise UserError(_without_weights(path, library))
+    return [path / name for name in library.weight_files if (path / name).is_file()]
 
 
 def _without_weights(path: Path, library: Library) -> str:

@@ -87,6 +87,25 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Described:
+    """What a folder says of itself, by its configuration alone."""
+
+    base: str
+    """The base model's name or place; empty where it says none."""
+    task: str
+    """A task type or a class of transformers; empty where it says none."""
+    kind: str
+    """What its library calls this kind of adapter."""
+    methods: tuple[str, ...] = ()
+    """Our methods that may do the same; none for a kind that trimtab does not read."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """The kind's own settings, those that are set."""
+    labels: tuple[str, ...] = ()
+    family: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Library:
     """One library's way of writing adapters."""
 
@@ -99,7 +118,7 @@ class Library:
     """Whether a configuration is one of this library's."""
     read: Callable[[Folder, PreTrainedModel], Found]
     write: Callable[[Adapter, Path], Path]
-    base_of: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+    describe: Callable[[Folder], Described]
 
 
 def layer_spec(sites: Sites, layers: set[int]) -> str | None:
@@ -133,6 +152,11 @@ def only_method(method: Any, library: str) -> Any:
     if len(rest) > 1:
         raise UserError(f"{library} has no adapter of several methods; this one is {method.name}")
     return rest[0] if rest else method
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that say something."""
+    return {key: value for key, value in config.items() if value not in (None, False, "", [], {})}
 
 
 def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

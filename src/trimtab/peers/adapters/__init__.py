@@ -22,7 +22,7 @@ from trimtab.peers.adapters import double_seq_bn, heads, ia3, lora, par_bn, pref
 from trimtab.peers.adapters.places import in_model, with_name, without_name
 from trimtab.peers.folder import Folder
 from trimtab.peers.heads import read_heads
-from trimtab.peers.kinds import Found, Kind, Library, Model, acting, only_method, plain
+from trimtab.peers.kinds import Described, Found, Kind, Library, Model, acting, only_method, plain, settings
 from trimtab.sites import Sites
 
 KINDS: Mapping[str, Kind] = {
@@ -43,6 +43,7 @@ def wrote(config: Mapping[str, Any]) -> bool:
 def read(folder: Folder, model: PreTrainedModel) -> Found:
     """A folder in our words. Raises UserError for a kind, an option or a module that trimtab has not."""
     place = Model(model, Sites(model))
+    heads.refuse_pickle(folder.path)
     head = heads.head_config(folder.path)
     _name_tensors(folder, model)
     heads.name_flexible(folder, place, head)
@@ -82,6 +83,16 @@ def _version(text: str) -> tuple[int, ...]:
 
 def kind_of(config: Folder) -> Kind:
     """The kind of an adapter's own configuration. Raises UserError for one that trimtab has not."""
+    kind = _find_kind(config)
+    if kind is None:
+        raise UserError(
+            f"{config.path} is an adapter of the kind {str(config.config.get('architecture'))[:60]}, which trimtab "
+            f"does not read; it reads {', '.join(KINDS)}"
+        )
+    return kind
+
+
+def _find_kind(config: Folder) -> Kind | None:
     said: Any = config.config.get("architecture")
     if said is None and "non_linearity" in config.config:
         if config.flag("is_parallel"):
@@ -89,12 +100,7 @@ def kind_of(config: Folder) -> Kind:
         return seq_bn.KIND if config.flag("original_ln_before") else double_seq_bn.KIND
     if said == "lora":
         return ia3.KIND if config.text("composition_mode", "add") == "scale" else lora.KIND
-    if isinstance(said, str) and said in KINDS:
-        return KINDS[said]
-    raise UserError(
-        f"{config.path} is an adapter of the kind {str(said)[:60]}, which trimtab does not read; it reads "
-        f"{', '.join(KINDS)}"
-    )
+    return KINDS.get(said) if isinstance(said, str) else None
 
 
 def write(adapter: Adapter, folder: Path) -> Path:
@@ -141,11 +147,21 @@ def _about(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def base_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The base model and the class that it is loaded as."""
-    opened = Folder(folder, dict(config), {})
-    task = heads.class_of(heads.head_config(folder)) or opened.text("model_class")
-    return {"base": opened.text("model_name"), "task": task}
+def describe(folder: Folder) -> Described:
+    """What the configurations say. Raises UserError for a field of the wrong type."""
+    head = heads.head_config(folder.path)
+    inner = Folder(folder.path, _inner(folder), {})
+    kind = _find_kind(inner)
+    return Described(
+        base=folder.text("model_name"),
+        task=heads.class_of(head) or folder.text("model_class"),
+        kind=kind.name if kind else str(inner.config.get("architecture"))[:60],
+        methods=kind.methods if kind else (),
+        fields=settings({key: value for key, value in inner.config.items() if key != "architecture"}),
+        labels=heads.labels_of(head),
+        family=folder.text("model_type"),
+        name=folder.text("name"),
+    )
 
 
 ADAPTERS = Library(
@@ -160,5 +176,5 @@ ADAPTERS = Library(
     wrote=wrote,
     read=read,
     write=write,
-    base_of=base_of,
+    describe=describe,
 )

@@ -32,16 +32,18 @@ ALONE = ("classification", "tagging", "multiple_choice")
 
 
 def head_config(path: Path) -> dict[str, Any]:
-    """What a folder says of its head; empty where it has none. Raises UserError for one whose tensors are a pickle."""
-    if not (path / CONFIG).is_file():
-        return {}
+    """What a folder says of its head; empty where it has none."""
+    return read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises UserError for a head whose tensors are a pickle."""
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES and "head" in file.name)
-    if pickles and not (path / WEIGHTS).is_file():
+    if pickles and (path / CONFIG).is_file() and not (path / WEIGHTS).is_file():
         raise UserError(
             f"{path} offers {pickles[0]}, a pickle file, which can run code when read; save it as safetensors: load it "
             "once in adapters and call model.save_head(folder, name, use_safetensors=True)"
         )
-    return read_json(path / CONFIG)
 
 
 def flexible(config: Mapping[str, Any]) -> dict[str, Any]:

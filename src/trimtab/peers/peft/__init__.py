@@ -16,7 +16,7 @@ from trimtab.errors import UserError
 from trimtab.methods import Head, Union
 from trimtab.peers.folder import Folder
 from trimtab.peers.heads import read_heads, write_heads
-from trimtab.peers.kinds import Found, Kind, Library, Model, acting, only_method, plain
+from trimtab.peers.kinds import Described, Found, Kind, Library, Model, acting, only_method, plain, settings
 from trimtab.peers.peft import adaption, ia3, layernorm, lora, p_tuning, prefix, prompt
 from trimtab.sites import Sites
 
@@ -25,6 +25,10 @@ KINDS: Mapping[str, Kind] = {
     for kind in (lora.KIND, ia3.KIND, layernorm.KIND, adaption.KIND, prompt.KIND, p_tuning.KIND, prefix.KIND)
 }
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_SETTINGS = frozenset(
+    ["peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"]
+)
+"""Fields of every kind, which are none of its own."""
 TASKS = {  # in peft's words, by the endings of transformers' class names
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -93,10 +97,16 @@ def task_of(class_name: str, prompt_learning: bool = False) -> str | None:
     return None if task == "SEQ_2_SEQ_LM" and not prompt_learning else task
 
 
-def base_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The base model and what it is loaded as."""
-    opened = Folder(folder, dict(config), {})
-    return {"base": opened.text("base_model_name_or_path"), "task": opened.text("task_type")}
+def describe(folder: Folder) -> Described:
+    """What the configuration says. Raises UserError for a field of the wrong type."""
+    kind = folder.text("peft_type")
+    return Described(
+        base=folder.text("base_model_name_or_path"),
+        task=folder.text("task_type"),
+        kind=kind,
+        methods=KINDS[kind].methods if kind in KINDS else (),
+        fields=settings({key: value for key, value in folder.config.items() if key not in NO_SETTINGS}),
+    )
 
 
 PEFT = Library(
@@ -107,5 +117,5 @@ PEFT = Library(
     wrote=wrote,
     read=read,
     write=write,
-    base_of=base_of,
+    describe=describe,
 )
