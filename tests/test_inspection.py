@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny
 from typer.testing import CliRunner
 
 import trimtab as tt
+from tiny import tiny
 from trimtab import __main__ as cli
 from trimtab.inspection import look
 
 CONFIG = "adapter_config.json"
 
 
-def saved(path: Path, method: str = "lora[r=2,targets=q]", library: str = "", family: str = "llama") -> tuple[Path, int]:
+def saved(
+    path: Path, method: str = "lora[r=2,targets=q]", library: str = "", family: str = "llama"
+) -> tuple[Path, int]:
     """A folder of one library's, and how many numbers its adapter has."""
     adapter = tt.attach(tiny(family), method)
     if library:
