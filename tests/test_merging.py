@@ -15,7 +15,6 @@ from test_cli import contents, refused, run, save_model
 from test_contract import METHODS as STRINGS
 from test_real import BERT, SARCASM, _absent
 from trimtab.merging import PROBE, TOLERANCE, merge_run
-from trimtab.methods.spec import parse_method
 from trimtab.models import load_model, load_tokenizer
 from trimtab.tasks.generate import Generate
 from trimtab.train import TrainSettings, fine_tune
@@ -54,7 +53,10 @@ def _plain(folder: Path) -> torch.Tensor:
     return _logits(model, hf.AutoTokenizer.from_pretrained(folder))
 
 
-MERGING = [one for one in STRINGS if parse_method(one).mergeable and parse_method(one).name != "head"]
+MERGING = [
+    *(STRINGS.get(name, name) for name, method in tt.METHODS.items() if method.mergeable and name != "head"),
+    "llama-adapter-v2[length=0]",
+]
 SMALL = {
     "houlsby": "houlsby[size=4]",
     "autoprompt": "autoprompt[length=5,text=abcd]",

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from trimtab.arch import FAMILIES, supports
 from trimtab.attention import AttentionSetting, RefuseOtherAttention, install_kv, puts_in_front
+from trimtab.biases import declare_biases
 from trimtab.contract import Context, Method, Parts, folded, members
 from trimtab.copies import ModuleCopy, dropouts
 from trimtab.errors import UserError
@@ -188,7 +189,7 @@ class Adapter:
     def merge(self) -> PreTrainedModel:
         """Write the adapter into the base weights and detach it; returns the model.
 
-        Raises UserError for methods that cannot be merged and for quantised weights; then nothing changed.
+        New biases are named in the model's configuration, where its class has a flag for them (biases.py). Raises UserError for methods that cannot be merged and for quantised weights; then nothing changed.
         """
         entry = self._entry
         if not entry.method.mergeable:
@@ -202,6 +203,8 @@ class Adapter:
         for site, parts in copies:
             for part in members(parts):
                 part.write_into(site.module)
+        if updates:
+            declare_biases(self.model)
         return self.model
 
     def detach(self) -> PreTrainedModel:

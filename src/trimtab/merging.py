@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from trimtab.adapter import adapters
 from trimtab.apart import check_apart
+from trimtab.biases import declare_biases
 from trimtab.checkpoint import atomic_folder, read_adapter_config
 from trimtab.data import resolve
 from trimtab.errors import UserError, unknown
@@ -73,6 +74,7 @@ def merge_run(
         model.to(torch.promote_types(wanted, was))  # type: ignore[arg-type]
     (adapter,) = adapters(model).values()
     adapter.merge()
+    _check_biases(model)
     own = _moved(before, probe_logits(run))
     if not own <= _tolerance(was):
         raise RuntimeError(f"the merged model's logits differ by {own:.1e} of the largest; nothing was written")
@@ -94,6 +96,16 @@ def merge_run(
 
     atomic_folder(output, fill, overwrite=overwrite)
     return moved
+
+
+def _check_biases(model: PreTrainedModel) -> None:
+    """Raises UserError for biases that the model's class would not read again."""
+    homeless = declare_biases(model)
+    if homeless:
+        raise UserError(
+            f"{type(model).__name__} has no bias at {homeless[0]} and {len(homeless) - 1} other places, so a plain folder "
+            "cannot hold what the adapter adds there; it works as an adapter"
+        )
 
 
 def _plain(run: Tuned, folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,7 +5,8 @@
 on every projection, every normalisation trained, and the gated adaption prompts of LLaMA-Adapter in the top layers,
 which pass the key and value projections with their bias and scale. The start is exactly the base model. Trained
 parameters: 2 · Σ out, those of the norms, and layers · (length · width + heads). With image= what is made of a row's
-picture is added to the prompts, as in LLaMA-Adapter (eye.py).
+picture is added to the prompts, as in LLaMA-Adapter (eye.py). With length=0 there are no prompts, and what is left
+merges into the base weights: s ⊙ W and s ⊙ (b_0 + b).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from trimtab.contract import Context, Parts
 from trimtab.copies import NormCopy
+from trimtab.errors import UserError
 from trimtab.methods.eye import OF_IMAGES, check_looking, whole_path
 from trimtab.methods.llama_adapter import LlamaAdapter
 from trimtab.sites import LinearSite, Site, Sites
@@ -28,7 +30,7 @@ class LlamaAdapterV2:
     """LLaMA-Adapter with a bias and a scale on every projection and trained norms."""
 
     length: int = 10
-    """Number of prompts a layer."""
+    """Number of prompts a layer; 0 trains biases, scales and norms alone, which merges."""
     layers: str | None = None
     """Layers that get prompts, e.g. -10:; by default all but the lowest sixteenth."""
     image: str | None = None
@@ -53,18 +55,24 @@ class LlamaAdapterV2:
 
     def __post_init__(self) -> None:
         check_looking(self)
-        self._prompts()
+        if self.length != 0:
+            self._prompts()
+            return
+        if self.layers is not None or self.image is not None:
+            raise UserError("llama-adapter-v2: length=0 has no prompts, to which layers= and image= belong")
+        object.__setattr__(self, "mergeable", True)  # the dataclass is frozen
 
     def build(self, sites: Sites, context: Context) -> Parts:
         """Prompts a chosen layer, bias and scale a projection, a copy of each norm."""
-        parts: dict[Site, nn.Module] = dict(self._prompts().build(sites, context))
+        parts: dict[Site, nn.Module] = dict(self._prompts().build(sites, context)) if self.length else {}
         parts |= {site: ScaledShift(site) for site in sites.linear}
         return parts | {site: NormCopy(site) for site in sites.norm}
 
     def parameter_count(self, sites: Sites) -> int:
         """layers · (length · width + heads) + 2 · Σ out, and the parameters of the norms."""
         norms = sum(weight.numel() for site in sites.norm for weight in site.module.parameters())
-        return self._prompts().parameter_count(sites) + 2 * sum(site.out_features for site in sites.linear) + norms
+        prompts = self._prompts().parameter_count(sites) if self.length else 0
+        return prompts + 2 * sum(site.out_features for site in sites.linear) + norms
 
     def _prompts(self) -> LlamaAdapter:
         looking = {} if self.image is None else {name: getattr(self, name) for name in OF_IMAGES}
@@ -86,3 +94,7 @@ class ScaledShift(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x [..., in], y [..., out] -> [..., out]"""
         return (self.scale * (y + self.shift)).to(y.dtype)
+
+    def merged(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """weight [out, in] with its rows scaled, and the bias [out], shifted and scaled."""
+        return self.scale[:, None] * weight, self.scale * (self.shift if bias is None else bias + self.shift)
