@@ -189,7 +189,8 @@ class Adapter:
     def merge(self) -> PreTrainedModel:
         """Write the adapter into the base weights and detach it; returns the model.
 
-        New biases are named in the model's configuration, where its class has a flag for them (biases.py). Raises UserError for methods that cannot be merged and for quantised weights; then nothing changed.
+        New biases are named in the model's configuration, where its class has a flag for them (biases.py). Raises
+        UserError for methods that cannot be merged and for quantised weights; then nothing changed.
         """
         entry = self._entry
         if not entry.method.mergeable:

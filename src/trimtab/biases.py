@@ -1,6 +1,8 @@
-"""Biases that merging gave to projections which had none. Knows configurations' flags for them; refuses to know methods.
+"""Biases that merging gave to projections which had none. Knows configurations' flags for them; refuses to know
+methods.
 
-A class of transformers makes a bias only where the configuration says so (LLaMA: `attention_bias`, `mlp_bias`), or never.
+A class of transformers makes a bias only where the configuration says so (LLaMA: `attention_bias`, `mlp_bias`), or
+never.
 """
 
 from __future__ import annotations
