@@ -27,6 +27,7 @@ from trimtab.sites import ModuleSite, Sites
 
 ADAPTER = "default"
 """peft's name for what it trains; ours is the adapter's own and stands elsewhere."""
+_SEED = re.compile("seed|prng_key")
 FOLDER = "peft"
 """The folder, inside an adapter's, that holds it as peft's files."""
 
@@ -67,6 +68,47 @@ def build(name: str, config: Any, sites: Sites) -> dict[ModuleSite, TunedModule]
     if not all(_by_token(part, module) for part, module in kinds.values()):
         raise UserError(f"{name} reads more than a token at a time, so that its padding would change what a row gives")
     return parts
+
+
+def check_room(name: str, config: Any, sites: Sites, room: int) -> None:
+    """Raises UserError where peft would make far more numbers for a configuration than a file of `room` can be of.
+
+    The layers are made without memory (on `meta`) and counted; what peft freezes may be as large as the base. The few
+    methods whose start needs values cannot be counted; of every method no whole number that is not a seed may be beyond
+    `room`.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    sizes = {key: value for key, value in vars(config).items() if type(value) is int and not _SEED.search(key)}
+    large = [key for key, value in sizes.items() if abs(value) > room]
+    if large:
+        raise UserError(f"{name}: {large[0]}={sizes[large[0]]} asks for far more numbers than the file has")
+    shadow = shadow_of(sites.model)
+    own = _on_meta(shadow)
+    try:
+        with torch.device("meta"):
+            PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](shadow, config, adapter_name=ADAPTER)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return  # needs values, or does not fit: which building it will say
+    made = _numbers(shadow) - own
+    if made > room + own:
+        raise UserError(f"{name} asks for {made:,} numbers, far more numbers than the model and the file have")
+
+
+def _on_meta(module: nn.Module) -> int:
+    """Take a shadow's tensors out of memory; how many numbers they are."""
+    for one in module.modules():
+        for name, weight in one._parameters.items():
+            if weight is not None:
+                one._parameters[name] = nn.Parameter(weight.data.to("meta"), requires_grad=False)
+        for name, buffer in one._buffers.items():
+            if buffer is not None:
+                one._buffers[name] = buffer.to("meta")
+    return _numbers(module)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(one.numel() for one in (*module.parameters(), *module.buffers()))
 
 
 class TunedModule(nn.Module):

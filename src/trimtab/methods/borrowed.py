@@ -63,6 +63,7 @@ def peft_method(kind: str) -> type:
         "__post_init__": _check_values,
         "build": _build,
         "parameter_count": _parameter_count,
+        "check_room": _check_room,
         "write_beside": _write_beside,
         "peft_config": _config,
     }
@@ -179,6 +180,13 @@ def _build(self: Any, sites: Any, context: Any) -> Any:
     from trimtab.bridge import build
 
     return build(self.name, self.peft_config(), sites)
+
+
+def _check_room(self: Any, sites: Any, room: int) -> None:
+    """Raises UserError where a file with `room` cannot be of this configuration."""
+    from trimtab.bridge import check_room
+
+    check_room(self.name, self.peft_config(), sites, room)
 
 
 def _parameter_count(self: Any, sites: Any) -> int:
