@@ -19,6 +19,7 @@ import torch
 import transformers as tf
 
 import trimtab as tt
+from browser import needs_browser, opened
 from test_cli import byte_tokenizer, refused, run, write_rows
 from trimtab.bootstrap import Difference
 from trimtab.comparison import pictures, report, steps
@@ -478,7 +479,7 @@ def test_the_page_says_everything(tmp_path) -> None:
         "Take lora[r=8]: <because>.", "pkg:some/model", "a<b>.jsonl",
         "800 to train on, 100 to choose by, 400 to test on",
         "3 epochs, as many of them as fit into 5 minutes in all", "0.810 ± 0.014", "-0.010 [-0.030, +0.010]",
-        "no difference found", "-0.200 [-0.230, -0.170]", "worse", "best mean", "8,000", "0.001 (edge)",
+        "no difference found", "-0.200 [-0.230, -0.170]", "worse", "best mean", "8,000", "0.001 *",
         "broken on <purpose>", "0.001: 0.700, 0.003: 0.600", "trimtab train --seed 1 <houlsby>",
         "0.500 on the test rows",
         "houlsby: accuracy 0.810 ± 0.014, trained parameters 5e+04", "peak memory, MB", "training seconds",
@@ -520,23 +521,10 @@ def test_a_report_without_any_score(tmp_path) -> None:
     report.write_report(lost)
 
 
-def _chromium() -> str | None:
-    import shutil
-
-    return next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-
-
-@pytest.mark.skipif(_chromium() is None, reason="needs a Chromium")
+@needs_browser
 def test_the_page_opens_in_a_browser(tmp_path) -> None:
-    import subprocess
-
     report.write_report(comparison(tmp_path))
-    page = (tmp_path / "report.html").as_uri()
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom", page]
-    done = subprocess.run([str(_chromium()), *options], capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("<svg") == 4 and "CONSOLE" not in done.stderr
+    assert opened(tmp_path / "report.html").count("<svg") == 4
 
 
 # -- the command --------------------------------------------------------------------------------------------------

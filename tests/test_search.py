@@ -23,6 +23,7 @@ import transformers as tf
 
 import tiny
 import trimtab as tt
+from browser import CHROMIUM, opened
 from test_cli import byte_tokenizer, refused, run, write_rows
 from test_comparison import BEST, CLOSE, WORSE, Page, comparison
 from test_comparison import rows as examples
@@ -498,6 +499,8 @@ def test_the_command_writes_a_report(finished, tmp_path, model, data) -> None:
         "accuracy, parameters",
     ):
         assert said in text, said
+    if CHROMIUM is not None:
+        assert opened(folder / "report.html").count("<svg") == made.count("<svg") > 0
     assert " ".join(found.recommendation.split()) in text
     assert all(" ".join(command.split()) in text for command in found.commands.values())
     assert made.count("<svg") == 5

@@ -193,7 +193,12 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
     "method",
     [
         *("lora[r=100000000]", "prompt[length=1000000000]", "prefix[length=100000000]", "houlsby[size=1000000000]"),
-        *("peft:loha[r=100000000]", "peft:vera[r=900000]", "peft:hra[r=900000]", "peft:unilora[theta_d_length=100000000]"),
+        *(
+            "peft:loha[r=100000000]",
+            "peft:vera[r=900000]",
+            "peft:hra[r=900000]",
+            "peft:unilora[theta_d_length=100000000]",
+        ),
     ],
 )
 def test_sizes_are_refused_before_anything_is_made(tmp_path: Path, method: str) -> None:

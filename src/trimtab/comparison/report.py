@@ -161,13 +161,15 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; ma
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .plot { width: 100%; height: auto; color: var(--ink); } .named:hover { stroke-width: 3; cursor: help; opacity: .75; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; } th { color: var(--soft); font-weight: 600; }
+main > .plot { display: block; max-width: 46rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .85rem; }
+th, td { text-align: right; padding: .35rem .35rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child, td.text { text-align: left; } th { color: var(--soft); font-weight: 600;
+  white-space: normal; vertical-align: bottom; }
 tr.chosen td { background: var(--card); font-weight: 600; }
-code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere;
+code, pre { font: .8rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--card); padding: .6rem .8rem; margin: .3rem 0; } summary { cursor: pointer; padding: .25rem 0; }
-.map td { text-align: center; } .map td.on { background: var(--accent); color: var(--paper); font-weight: 600; }
+.map td, .map th { text-align: center; } .map td.on { background: var(--accent); color: var(--paper); font-weight: 600; }
 .small { color: var(--soft); font-size: .9rem; }
 """
 
@@ -203,15 +205,15 @@ _PAGE = """\
 <td>{{ row | spread }}</td><td>{{ row | versus }}</td><td class="text">{{ row | verdict(found.rows) }}</td>
 <td>{{ row.parameters | number }}</td><td>{{ row.share | share }}</td><td>{{ row.bytes | size }}</td>
 <td>{{ row.seconds | cost }}</td><td>{{ row.peak_memory_mb | cost }}</td><td>{{ row.epochs | cost }}</td>
-<td>{{ "–" if row.lr is none else "%g" | format(row.lr) }}{{ " (edge)" if row.edge }}</td></tr>
+<td>{{ "–" if row.lr is none else "%g" | format(row.lr) }}{{ "&nbsp;*" | safe if row.edge }}</td></tr>
 {% endfor %}
 </tbody>
 </table>
 </div>
 <p class="small">Mean ± standard deviation over {{ asked.seeds }} seed{{ "s" if asked.seeds != 1 }} on the test rows,
 which were scored once with the learning rate that the development rows chose. Differences: paired bootstrap over
-{{ "test rows and seeds" if found.by_row else "seeds" }}, each pair by itself. (edge): the best learning rate is the
-lowest or highest of those tried, so a better one may lie beyond. What frozen layers give is computed once for all runs
+{{ "test rows and seeds" if found.by_row else "seeds" }}, each pair by itself. *: the best learning rate is the lowest
+or highest of those tried, so a better one may lie beyond. What frozen layers give is computed once for all runs
 with the same trunk, so these may take fewer seconds than alone. The peak is that of the whole process.</p>
 {% for row in found.rows if row.errors %}
 <p><code>{{ row.method }}</code> failed: {{ row.errors | join("; ") }}</p>
