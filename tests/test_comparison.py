@@ -270,17 +270,49 @@ def test_mistakes_are_one_sentence_and_write_nothing(tmp_path, model, data, opti
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vision_model_is_not_compared(tmp_path) -> None:
+def class_folder(folder: Path, count: int) -> Path:
+    """Dark and light pictures, with some noise."""
     from PIL import Image
+
+    draw = random.Random(0)
+    for label, grey in (("dark", 60), ("light", 190)):
+        (folder / label).mkdir(parents=True)
+        for at in range(count):
+            Image.new("L", (8, 8), grey + draw.randint(-50, 50)).convert("RGB").save(folder / label / f"{at}.png")
+    return folder
+
+
+def test_a_vision_model_is_compared_and_searched_on_a_class_folder(tmp_path) -> None:
+    from pictures_by_hand import save_vit
+
+    vit, pictures = save_vit(tmp_path / "vit"), str(class_folder(tmp_path / "data", 100))
+    shared = {"epochs": 2, "eval_share": 0.3, "batch_size": 8}
+    asked = tt.TrainSettings(vit, pictures, str(tmp_path / "out"), **shared)
+    found = compare(asked, ["lora[r=2]", "head"], seeds=1, factors=(1, 3), dev_share=0.4)
+    assert all(row.runs and not row.errors for row in found.rows) and len(found.rows) == 2
+    (again,) = (row for row in found.rows if row.method == "head")
+    command = shlex.split(again.runs[0].command)[1:]
+    command[command.index("--output") + 1] = str(tmp_path / "again")
+    assert run(*command).exit_code == 0
+    after = json.loads((tmp_path / "again" / "metrics.json").read_text())["after"]
+    assert after["accuracy"] == pytest.approx(again.runs[0].score)
+    asked = tt.TrainSettings(vit, pictures, str(tmp_path / "searched"), **shared)
+    searched = tt.search(asked, trials=3, seeds=1, points=1, methods=["lora", "prefix"], dev_share=0.4)
+    assert searched is not None and searched.comparison.rows[0].runs
+
+
+def test_pictures_that_are_no_files_are_refused(tmp_path) -> None:
+    import datasets
 
     from pictures_by_hand import save_vit
 
     vit = save_vit(tmp_path / "vit")
-    for label in ("dark", "light"):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        Image.new("RGB", (8, 8), 255 * (label == "light")).save(tmp_path / "data" / label / "1.png")
-    with pytest.raises(UserError, match="a vision model looks at pictures; use trimtab train"):
-        compare(tt.TrainSettings(vit, str(tmp_path / "data"), str(tmp_path / "out")), ["head"])
+    rows = datasets.load_dataset("imagefolder", data_dir=str(class_folder(tmp_path / "data", 2)), split="train")
+    rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="'image' holds the pictures; use a class folder"):
+        compare(tt.TrainSettings(vit, str(tmp_path / "saved"), str(tmp_path / "out")), ["head"])
+    with pytest.raises(UserError, match="looks at pictures; use trimtab train"):
+        compare(tt.TrainSettings(vit, str(tmp_path / "data"), str(tmp_path / "out")), [f"llama-adapter[image={vit}]"])
     assert not (tmp_path / "out").exists()
 
 

@@ -72,8 +72,7 @@ class Bench:
     def test(self, rows: Any) -> Data:
         """The data with the test rows held out, read once."""
         if self._test is None:
-            assert self.settings.max_length is not None
-            self._test = holding(self.dev, rows, self.settings.max_length, self.show)
+            self._test = holding(self.dev, rows, self.settings.max_length or 0, self.show)  # pictures have none
         return self._test
 
     # Running
@@ -152,8 +151,8 @@ class Bench:
             store.close()
 
     def _resolved(self, cell: Cell) -> TrainSettings:
-        settings = with_length(with_method(self.settings_of(cell), self.source))
-        return resolved(settings, self.dev)
+        settings = with_method(self.settings_of(cell), self.source)
+        return resolved(settings if self.source.kind == "vision" else with_length(settings), self.dev)
 
     def _trainer(
         self,

@@ -169,7 +169,8 @@ th:first-child, td:first-child, td.text { text-align: left; } th { color: var(--
 tr.chosen td { background: var(--card); font-weight: 600; }
 code, pre { font: .8rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--card); padding: .6rem .8rem; margin: .3rem 0; } summary { cursor: pointer; padding: .25rem 0; }
-.map td, .map th { text-align: center; } .map td.on { background: var(--accent); color: var(--paper); font-weight: 600; }
+.map td, .map th { text-align: center; }
+.map td.on { background: var(--accent); color: var(--paper); font-weight: 600; }
 .small { color: var(--soft); font-size: .9rem; }
 """
 

@@ -80,9 +80,9 @@ def compare(
     check_numbers(seeds, minutes, dev_share, factors)
     texts = read_methods(methods)
     source = find_task(settings)
-    check_texts(source, texts)
+    check_rows(source, texts)
     objective = check_objective(source.task, objective)
-    settings = dataclasses.replace(settings, lr=None, method="lora", max_length=_longest(settings, texts))
+    settings = dataclasses.replace(settings, lr=None, method="lora", max_length=_longest(settings, source, texts))
     plan = Plan(settings, texts, seeds, objective, tuple(factors), minutes)
     folder = Path(settings.output)
     about = _about(plan, dev_share)
@@ -99,12 +99,18 @@ def compare(
     return found
 
 
-def check_texts(source: Source, methods: Sequence[str]) -> None:
-    """Raises UserError for models and methods that look at pictures, whose rows are not kept as text."""
+def check_rows(source: Source, methods: Sequence[str]) -> None:
+    """Raises UserError for methods that read other rows than the rest, and for rows that are no text."""
     looking = [text for text in methods for one in members_of(text) if getattr(one, "image", None) is not None]
-    if source.kind == "vision" or looking:
-        what = looking[0] if looking else "a vision model"
-        raise UserError(f"a comparison is of methods on texts so far, and {what} looks at pictures; use trimtab train")
+    if looking:
+        raise UserError(
+            f"a comparison is of methods on the same rows, and {looking[0]} looks at pictures; use trimtab train"
+        )
+    column = getattr(source.task, "image_column", None)
+    if column is not None and not all(isinstance(row[column], str) for row in source.rows):
+        raise UserError(
+            f"a comparison needs pictures that are files, and column {column!r} holds the pictures; use a class folder"
+        )
 
 
 def check_objective(task: Task, objective: str | None) -> str:
@@ -172,8 +178,10 @@ def source_of(folder: Path, settings: TrainSettings) -> Source:
     return find_task(dataclasses.replace(settings, data=str(folder / "rows" / "train.jsonl")))
 
 
-def _longest(settings: TrainSettings, methods: Sequence[str]) -> int:
-    """The tokens a row may have so that it fits beside every method's virtual tokens."""
+def _longest(settings: TrainSettings, source: Source, methods: Sequence[str]) -> int | None:
+    """The tokens a row may have so that it fits beside every method's virtual tokens; None for pictures."""
+    if source.kind == "vision":
+        return None
     config, lengths = load_config(settings.model), []
     for method in methods:
         try:
@@ -193,7 +201,7 @@ class Pace:
     method: str
     seconds: float
     epochs: float
-    max_length: int
+    max_length: int | None
 
     @property
     def name(self) -> str:
@@ -205,7 +213,7 @@ class Pace:
 class Frozen:
     """The base as it is."""
 
-    max_length: int
+    max_length: int | None
     name: str = "frozen-base"
 
 
@@ -215,7 +223,6 @@ class Walk:
     def __init__(self, plan: Plan, bench: Bench, test: Any):
         self.plan, self.bench, self.test = plan, bench, test
         self.cells = bench.folder / "cells"
-        assert plan.settings.max_length is not None
         self.base = self._kept(Frozen(plan.settings.max_length), lambda: bench.score_base(test))
         self.seconds = self._seconds() if plan.minutes else None
 
@@ -310,7 +317,6 @@ class Walk:
         plan = self.plan
         if self.seconds is None:
             return float(plan.settings.epochs)
-        assert plan.settings.max_length is not None
         pace = Pace(method, self.seconds, plan.settings.epochs, plan.settings.max_length)
         return float(self._kept(pace, lambda: self._measure(method))["epochs"])
 

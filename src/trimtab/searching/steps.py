@@ -26,7 +26,7 @@ from trimtab.checkpoint import atomic_folder, model_fingerprint, write_json
 from trimtab.comparison.bench import Bench
 from trimtab.comparison.plan import Plan, check_numbers
 from trimtab.comparison.results import Comparison, Outcome, Row, conclude, difference
-from trimtab.comparison.steps import SIDES, Counted, Walk, begin_folder, check_folder, check_texts, source_of
+from trimtab.comparison.steps import SIDES, Counted, Walk, begin_folder, check_folder, check_rows, source_of
 from trimtab.config import command
 from trimtab.data import load_rows
 from trimtab.errors import UserError
@@ -79,12 +79,12 @@ def search(
     _check(trials, points, max_share, worker, storage)
     storages.sampler(sampler, 0)
     source = find_task(settings)
-    check_texts(source, ())
+    check_rows(source, ())
     objectives = read_objectives(objective, source.task.measures)
     metric = next(name for name in objectives if name not in COSTS)
     config = load_config(settings.model)
     space = space_of(config, methods, has_head(source), settings.max_length)
-    longest = space.longest(config, settings.max_length)
+    longest = None if source.kind == "vision" else space.longest(config, settings.max_length)
     settings = dataclasses.replace(settings, lr=None, method="lora", max_length=longest)
     plan = Plan(settings, (), seeds, metric, (1.0,))
     folder = Path(settings.output)
@@ -128,7 +128,7 @@ def describe(
     Raises UserError as `search`.
     """
     source = find_task(settings)
-    check_texts(source, ())
+    check_rows(source, ())
     objectives = read_objectives(objective, source.task.measures)
     space = space_of(load_config(settings.model), methods, has_head(source), settings.max_length)
     lines = [f"{member.name:10} {_grid_text(space, member.name)}" for member in space.members]
