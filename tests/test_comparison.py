@@ -301,6 +301,13 @@ def test_a_vision_model_is_compared_and_searched_on_a_class_folder(tmp_path) -> 
     assert searched is not None and searched.comparison.rows[0].runs
 
 
+def test_a_method_of_pefts_is_compared_like_any_other(tmp_path, model, data) -> None:
+    pytest.importorskip("peft")
+    found = compare(settings(model, data, tmp_path / "out"), ["head", "peft:hra[r=2]"], seeds=1, factors=(1, 3))
+    (row,) = (row for row in found.rows if row.method.startswith("peft:hra"))
+    assert row.runs and not row.errors and row.parameters > 0 and row.lr in (0.001, 0.003)
+
+
 def test_pictures_that_are_no_files_are_refused(tmp_path) -> None:
     import datasets
 

@@ -59,6 +59,32 @@ def test_there_and_back(family: str, method: str, bases: Path, tmp_path: Path) -
         assert (model(**inputs(family)).logits - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "lora[r=2]"), ("bert", "pfeiffer[size=4]"), ("t5", "houlsby[size=4,norms=false]")]
+)
+def test_there_and_back_through_adapters(family: str, method: str, bases: Path, tmp_path: Path) -> None:
+    expected = _adapter(family, method, bases / family, tmp_path / "ours")
+    code, printed, said = _run(tmp_path / "ours", "--to", "adapters", "--output", tmp_path / "theirs")
+    assert code == 0 and printed.strip() == str(tmp_path / "theirs"), said
+    assert {"adapter_config.json", "adapter.safetensors"} <= {file.name for file in (tmp_path / "theirs").iterdir()}
+    assert _run(tmp_path / "theirs", "--output", tmp_path / "back")[0] == 0
+    model = tiny(family)
+    tt.load(model, tmp_path / "back")
+    with torch.no_grad():
+        assert (model(**inputs(family)).logits - expected).abs().max() <= 1e-5
+
+
+def test_from_one_of_the_others_to_the_other(bases: Path, tmp_path: Path) -> None:
+    expected = _adapter("llama", "lora[r=2]", bases / "llama", tmp_path / "ours")
+    for source, to in (("ours", "peft"), ("peft", "adapters"), ("adapters", "peft")):
+        goal = tmp_path / (to if source != "adapters" else "last")
+        assert _run(tmp_path / source, "--to", to, "--output", goal)[0] == 0
+    model = tiny("llama")
+    tt.load(model, tmp_path / "last")
+    with torch.no_grad():
+        assert (model(**inputs("llama")).logits - expected).abs().max() <= 1e-5
+
+
 def test_the_base_may_be_named(bases: Path, tmp_path: Path) -> None:
     _adapter("llama", "lora[r=2]", tmp_path / "nowhere", tmp_path / "ours")
     code, _, said = _run(tmp_path / "ours", "--to", "peft", "--output", tmp_path / "peft")

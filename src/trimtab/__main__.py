@@ -567,10 +567,10 @@ def _check_merge(folders: list[str], weights: str | None, *options: Any) -> None
 @command("convert")
 def convert(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="An adapter folder of trimtab or of peft.", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="An adapter folder of trimtab, peft or adapters.", show_default=False)
     ],
     output: Annotated[Path, typer.Option(metavar="DIR2", help="Folder to write into.", show_default=False)],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="What to write: trimtab or peft.")] = "trimtab",
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="What to write: trimtab, peft or adapters.")] = "trimtab",
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The base model; default: the one that the folder names.")
     ] = None,

@@ -57,7 +57,7 @@ class Source:
 def convert(
     folder: str | Path, output: str | Path, *, to: str = OURS, model: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Write the adapter of `folder` as the files of `to` (trimtab, peft) into `output`; returns it.
+    """Write the adapter of `folder` as the files of `to` (trimtab, peft, adapters) into `output`; returns it.
 
     `model` is the base where the folder does not say it or says a place that is no more. Raises UserError for what one
     side has and the other has not, a base that does not fit, and an output folder that holds something; the output
