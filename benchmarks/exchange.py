@@ -85,11 +85,23 @@ CASES = (
         "prefix_flat", ("PrefixTuningConfig", dict(flat=True, prefix_length=4)), "prefix[length=4,shift=false]", "eager"
     ),
     Case("prefix", ("PrefixTuningConfig", dict(prefix_length=4, bottleneck_size=6)), "", "eager"),
+    Case("prompt", ("PromptTuningConfig", dict(prompt_length=4)), "prompt[length=4,at=states,leads=true]", "eager"),
+    Case(
+        "prompt, behind [CLS]",
+        ("PromptTuningConfig", dict(prompt_length=4, combine="prefix_after_bos")),
+        "prompt[length=4,at=states]",
+        "eager",
+    ),
 )
 OURS_REFUSED = {("ia3, gated", name) for name in MODELS if name not in ("llama", "mistral", "t5, gated")}
 """Ours scales what the activation gives; without a gate that cannot be written."""
-REFUSED = {(kind, name) for kind in ("prefix_flat", "prefix") for name in ("t5", "t5, gated")}
-"""Theirs takes part in T5's relative positions."""
+REFUSED = {(kind, name) for kind in ("prefix_flat", "prefix") for name in ("t5", "t5, gated")} | {
+    (kind, name)
+    for kind in ("prompt", "prompt, behind [CLS]")
+    for name in ("bert, tags", "distilbert", "gpt2", "llama", "mistral", "t5", "t5, gated")
+}
+"""Their prefix takes part in T5's relative positions; their prompt is for encoders, and has tags of its own. In
+DistilBERT it runs with sdpa alone, which gives padded rows other logits (equal without padding, tried by hand)."""
 
 
 def pairs() -> Iterator[tuple[Case, str]]:

@@ -153,6 +153,8 @@ class EmbedsSite:
     positions: str
     reader: nn.Module | None
     """The decoder that attends to this stack's output; None where the output goes to a head."""
+    states: Module = None
+    """What adds positions to the embeddings and norms them, in encoders of texts; its output is the stack's input."""
     layer: int = -1
 
 
@@ -527,6 +529,7 @@ def _embeds(
         insert="tokens" if stack.insert == "shared" and not _tokens_stand_alone(body) else str(stack.insert),
         positions=stack.positions,
         reader=_reader(stack, root),
+        states=_module(body, stack.embeds.rpartition(".")[0], model) if stack.embeds and stack.shift else None,
     )
 
 

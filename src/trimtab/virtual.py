@@ -7,7 +7,8 @@ Three ways to the front, chosen by the family (arch.Stack.insert):
   the rows are packed (packing.py) they are the beginning of the one row.
 - tokens: their embeddings are put in front of the text's and cut off again after the last layer (bidirectional models,
   and causal ones outside the attention interface); a decoder that reads an encoder attends to them. A part with
-  `behind` = n has them stand behind the text's first n tokens.
+  `behind` = n has them stand behind the text's first n tokens; one with `at` = "states" has them stand in front of what
+  the encoder makes of the embeddings with positions and norm.
 - states: put in front of the first layer's input, for stacks that read pictures or sound.
 
 And one inside: a template's pseudo tokens, ids from the part's `first` on, take the virtual tokens' embeddings.
@@ -36,6 +37,8 @@ def install_embeds(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[An
         return [site.body.register_forward_pre_hook(PlacedTokens(site, part, switch), with_kwargs=True)]
     if site.insert == "shared":
         return _install_shared(site, part, switch)
+    if getattr(part, "at", "words") == "states":
+        return _install_behind_embeddings(site, part, switch)
     if site.insert == "tokens":
         return _install_tokens(site, part, switch)
     return _install_states(site, part, switch)
@@ -55,13 +58,20 @@ def _install_tokens(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[A
     return handles + _install_end(site, front)
 
 
+def _install_behind_embeddings(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
+    front = FrontOfStates(part, switch)
+    handles: list[Any] = [site.body.register_forward_pre_hook(front.widen, with_kwargs=True)]
+    handles.append(site.states.register_forward_hook(front))
+    return handles + _install_end(site, front)
+
+
 def _install_states(site: EmbedsSite, part: nn.Module, switch: Switch) -> list[Any]:
     front = FrontStates(part, switch)
     handles: list[Any] = [site.layers[0].register_forward_pre_hook(front, with_kwargs=True)]
     return handles + _install_end(site, front)
 
 
-def _install_end(site: EmbedsSite, front: FrontTokens | FrontStates) -> list[Any]:
+def _install_end(site: EmbedsSite, front: Front) -> list[Any]:
     if site.reader is not None:
         return [site.reader.register_forward_pre_hook(ReaderMask(front), with_kwargs=True)]
     return [site.layers[-1].register_forward_hook(CutFront(front))]
@@ -251,10 +261,39 @@ class FrontStates:
         return (torch.cat([tokens.to(states.dtype).expand(states.shape[0], -1, -1), states], dim=1), *args[1:]), kwargs
 
 
+class FrontOfStates:
+    """Puts the virtual tokens in front of what the encoder makes of the embeddings, and widens the padding mask."""
+
+    behind = 0
+
+    def __init__(self, part: nn.Module, switch: Switch):
+        self.part, self.switch = part, switch
+        self.leads: bool = getattr(part, "leads", False)
+        self.length = 0
+
+    def widen(self, body: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the mask [B, n] one of [B, P + n]."""
+        self.length = 0
+        if not self.switch.on:
+            return None
+        kwargs = named_arguments(body, args, kwargs)
+        self.length = self.part().shape[0]
+        return (), {**kwargs, "attention_mask": _widen_mask(kwargs.get("attention_mask"), self.length)}
+
+    def __call__(self, embeddings: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+        """[B, n, width] -> [B, P + n, width]"""
+        if self.length == 0:
+            return None
+        return torch.cat([self.part().to(output.dtype).expand(output.shape[0], -1, -1), output], dim=1)
+
+
+Front = FrontTokens | FrontStates | FrontOfStates
+
+
 class CutFront:
     """Takes the virtual positions off the last layer's output, before any norm, pooler, head or loss."""
 
-    def __init__(self, front: FrontTokens | FrontStates):
+    def __init__(self, front: Front):
         self.front = front
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -275,7 +314,7 @@ class CutFront:
 class ReaderMask:
     """Shows an encoder's virtual positions to the decoder that reads it."""
 
-    def __init__(self, front: FrontTokens | FrontStates):
+    def __init__(self, front: Front):
         self.front = front
 
     def __call__(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

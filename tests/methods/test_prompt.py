@@ -12,6 +12,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 import trimtab as tt
 from tiny import CAUSAL, ENCODERS, SEQ2SEQ, VISION, inputs, output, tiny
+from trimtab.lengths import fitting_length
 from trimtab.methods.prompt import Prompt
 
 P = 4
@@ -100,10 +101,14 @@ def _encoder_by_hand(base: Any, ids: torch.Tensor, tokens: torch.Tensor) -> torc
     """The classifier's logits of one row, from the family's own pieces. [1, labels]"""
     body = base.base_model
     embeds = torch.cat([tokens[None], base.get_input_embeddings()(ids[None])], dim=1)
+    return _classified(base, body(inputs_embeds=embeds).last_hidden_state[:, P:])
+
+
+def _classified(base: Any, states: torch.Tensor) -> torch.Tensor:
+    """The classifier's logits of states [1, n, width]. [1, labels]"""
+    body = base.base_model
     if base.config.model_type == "roberta":
-        states = body(inputs_embeds=embeds).last_hidden_state[:, P:]
         return base.classifier(states)
-    states = body(inputs_embeds=embeds).last_hidden_state[:, P:]
     if base.config.model_type == "bert":
         return base.classifier(body.pooler(states))
     if base.config.model_type == "electra":
@@ -121,6 +126,60 @@ def test_encoders_equal_concatenation(family: str) -> None:
     batch, real = _rows(family, "right")
     expected = torch.cat([_encoder_by_hand(base, batch["input_ids"][row][real[row]], tokens) for row in range(3)])
     assert torch.allclose(output(model, batch), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("leads", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+def test_behind_the_embeddings_positions_and_norm(family: str, leads: bool) -> None:
+    """The layers one by one over [P ; embeddings], row by row without padding; no position is taken."""
+    torch.manual_seed(5)
+    model, base = tiny(family, torch.float64), tiny(family, torch.float64)
+    adapter = tt.attach(model, Prompt(length=P, leads=leads, at="states"))
+    (tokens,) = (value for name, value in adapter.named_parameters() if name.endswith("tokens"))
+    tokens.data.copy_(torch.randn_like(tokens))
+    batch, real = _rows(family, "right")
+    body = base.base_model
+    layers = body.transformer.layer if family == "distilbert" else body.encoder.layer
+    expected = []
+    for row in range(3):
+        states = torch.cat([tokens[None], body.embeddings(batch["input_ids"][row][real[row]][None])], dim=1)
+        states = body.embeddings_project(states) if hasattr(body, "embeddings_project") else states
+        for layer in layers:
+            states = layer(states)
+        expected.append(_classified(base, states if leads else states[:, P:]))
+    found = output(model, batch)
+    assert torch.allclose(found, torch.cat(expected), atol=1e-8)
+    found.sum().backward()
+    assert tokens.grad is not None and tokens.grad.abs().sum() > 0
+    alone = {key: value[:1] for key, value in batch.items() if key != "attention_mask"}
+    with torch.no_grad():
+        assert torch.allclose(output(model, alone), found[:1], atol=1e-8)
+        adapter.detach()
+        assert torch.equal(output(model, batch), output(base, batch))
+
+
+def test_behind_the_embeddings_a_start_is_that_of_words_in_front() -> None:
+    torch.manual_seed(0)
+    model = tiny("bert").train()
+    words = tt.attach(model, Prompt(length=P)).state_dict()["embeds.tokens"]
+    torch.manual_seed(0)
+    other = tiny("bert").train()
+    states = tt.attach(other, Prompt(length=P, at="states")).state_dict()["embeds.tokens"]
+    embeddings = copy.deepcopy(tiny("bert").bert.embeddings).eval()
+    assert torch.allclose(states, embeddings(inputs_embeds=words[None])[0], atol=1e-6)
+    assert other.bert.embeddings.training
+
+
+def test_behind_the_embeddings_a_text_keeps_all_positions() -> None:
+    config = tiny("bert").config
+    assert fitting_length(Prompt(length=P, at="states"), config, None) == config.max_position_embeddings
+    assert fitting_length(Prompt(length=P), config, None) == config.max_position_embeddings - P
+
+
+@pytest.mark.parametrize("family", ["llama", "modernbert", "t5", "vit"])
+def test_behind_the_embeddings_is_for_encoders_with_positions(family: str) -> None:
+    with pytest.raises(tt.UserError, match="at=states is for encoders of texts"):
+        tt.attach(tiny(family), "prompt[at=states]")
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

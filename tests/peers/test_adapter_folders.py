@@ -85,6 +85,8 @@ def test_a_folder_gives_the_librarys_logits(kind: str, written: Written, tmp_pat
         ("lora[r=3,targets=q,v]", "gpt2"),
         ("ia3[targets=k,v,up]", "roberta"),
         ("prefix[length=4,form=flat,shift=false]", "llama"),
+        ("prompt[length=4,at=states]", "electra"),
+        ("prompt[length=4,at=states,leads=true]", "bert"),
     ],
 )
 def test_what_is_written_is_read_again(method: str, family: str, tmp_path: Path) -> None:
@@ -101,6 +103,49 @@ def test_what_is_written_is_read_again(method: str, family: str, tmp_path: Path)
         tt.load(fresh, tmp_path / "out")
         found = output(fresh, inputs(family))
     assert torch.allclose(found, expected, atol=1e-6) and not torch.allclose(bare, expected, atol=1e-3)
+
+
+def prompt_folder(path: Path, tokens: torch.Tensor, **changes: Any) -> Path:
+    """What the library writes of prompt tuning (seen with adapters 1.3.0)."""
+    made = folder(path, "seq_bn", {"bert.prompt_tuning.prompt_tunings.peer.prompt_embedding.weight": tokens})
+    config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
+    config["config"] = {
+        "architecture": "prompt_tuning", "combine": "prefix", "init_weights_seed": None,
+        "prompt_init": "random_uniform", "prompt_init_text": None, "prompt_length": 4, **changes,
+    }  # fmt: skip
+    (made / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return made
+
+
+@pytest.mark.parametrize(("combine", "leads"), [("prefix", True), ("prefix_after_bos", False)])
+def test_prompt_tuning_of_an_encoder(combine: str, leads: bool, tmp_path: Path) -> None:
+    tokens = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    adapter = tt.load(tiny("bert"), prompt_folder(tmp_path / "theirs", tokens, combine=combine))
+    assert adapter.method == tt.Prompt(4, init="random", leads=leads, at="states")
+    adapter.export(tmp_path / "back", "adapters")
+    (back,) = load_file(tmp_path / "back" / "adapter.safetensors").values()
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text(encoding="utf-8"))["config"]
+    assert torch.equal(back, tokens) and (config["combine"], config["prompt_length"]) == (combine, 4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("bert", {"combine": "behind"}, "combine 'behind'"),
+        ("bert", {"prompt_length": 5}, "prompt_length is 5, its tensors have 4"),
+        ("llama", {}, "for encoders of texts alone"),
+    ],
+)
+def test_prompt_tuning_that_is_refused(family: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(tt.UserError, match=said):
+        tt.load(tiny(family), prompt_folder(tmp_path / "theirs", torch.zeros(4, 32), **changes))
+
+
+@pytest.mark.parametrize(("to", "method"), [("adapters", "prompt[length=4]"), ("peft", "prompt[length=4,at=states]")])
+def test_prompts_that_the_other_library_has_elsewhere(to: str, method: str, tmp_path: Path) -> None:
+    with pytest.raises(tt.UserError, match="at=states"):
+        tt.attach(tiny("bert"), method).export(tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
 
 
 def test_convert_both_ways(written: Written, tmp_path: Path) -> None:

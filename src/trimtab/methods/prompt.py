@@ -32,6 +32,8 @@ class Prompt:
     """Text whose embeddings the virtual tokens start from (repeated or cut to `length`); sets init to text."""
     leads: bool = False
     """Whether a classifier that reads the first token reads the first virtual one (peft) instead of the text's."""
+    at: Literal["words", "states"] = "words"
+    """In front of the words' embeddings, or of what the encoder makes of them with positions and norm (AdapterHub)."""
 
     name: ClassVar[str] = "prompt"
     kinds: ClassVar[frozenset[str]] = frozenset({"embeds"})
@@ -57,7 +59,15 @@ class Prompt:
             raise UserError(
                 f"prompt: leads=true is for models that read a class off the first token, not {sites.family.name}"
             )
-        return {site: VirtualTokens(self._start(site, context), self.leads) for site in sites.embeds}
+        if self.at == "states" and any(site.states is None for site in sites.embeds):
+            raise UserError(
+                "prompt: at=states is for encoders of texts that add learned positions to the words, not "
+                f"{sites.family.name}"
+            )
+        made = {site: self._start(site, context) for site in sites.embeds}
+        if self.at == "states":
+            made = {site: _as_states(site, start) for site, start in made.items()}
+        return {site: VirtualTokens(start, self.leads, self.at) for site, start in made.items()}
 
     def parameter_count(self, sites: Sites) -> int:
         """length · width."""
@@ -65,7 +75,12 @@ class Prompt:
 
     def for_loading(self) -> Prompt:
         """The same shapes without the text they started from: their values come from the file."""
-        return Prompt(self.length, leads=self.leads)
+        return Prompt(self.length, leads=self.leads, at=self.at)
+
+    @property
+    def in_front(self) -> int:
+        """How many of the model's positions the virtual tokens take."""
+        return self.length if self.at == "words" else 0
 
     def _start(self, site: EmbedsSite, context: Context) -> torch.Tensor:
         """[length, width]"""
@@ -89,13 +104,25 @@ class Prompt:
         return torch.cat([torch.stack(words), rest])[: self.length]
 
 
+@torch.no_grad()
+def _as_states(site: EmbedsSite, words: torch.Tensor) -> torch.Tensor:
+    """What the encoder makes of words [length, width] at the first positions, with its norm."""
+    training = site.states.training
+    site.states.eval()
+    try:
+        states = site.states(input_ids=None, inputs_embeds=words[None].to(site.embedding.weight.dtype))
+    finally:
+        site.states.train(training)
+    return states[0].to(words.dtype)
+
+
 class VirtualTokens(nn.Module):
     """P [length, width] itself."""
 
-    def __init__(self, start: torch.Tensor, leads: bool = False):
+    def __init__(self, start: torch.Tensor, leads: bool = False, at: str = "words"):
         super().__init__()
         self.tokens = nn.Parameter(start)
-        self.leads = leads
+        self.leads, self.at = leads, at
 
     def forward(self) -> torch.Tensor:
         """[length, width]"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.errors import UserError
 from trimtab.methods import Prompt
 from trimtab.peers.folder import Folder
 from trimtab.peers.kinds import Acting, Found, Kind, Model, Written
@@ -18,6 +19,10 @@ def read(folder: Folder, place: Model) -> Found:
 def write(form: Acting) -> Written:
     """Raises UserError where peft would read the class elsewhere."""
     _, part = only_part(form)
+    if form.method.at != "words":
+        raise UserError(
+            "peft has virtual tokens in front of the words' embeddings alone, and this prompt has at=states"
+        )
     check_leads(form, form.method.leads)
     length, width = part.tokens.shape
     config = {**token_config(form, length, width), "prompt_tuning_init": "RANDOM"}
