@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import trimtab as tt
 from benchmarks.parity import FIXTURE, TOLERANCE, Written, _base, outputs
 from tiny import inputs, output, tiny
+from trimtab.peers.kinds import head_parts
 
 BOTTLENECK: dict[str, Any] = dict(
     adapter_residual_before_ln=False, cross_adapter=False, dropout=0.0, inv_adapter=None, is_parallel=False,
@@ -191,3 +192,64 @@ def test_refusals(written: Written, tmp_path: Path) -> None:
     with pytest.raises(tt.UserError, match="rank is 1e\\+09, its tensors have 8"):
         tt.load(model, huge)
     assert not tt.adapters(model)
+
+
+def flexible_folder(
+    path: Path, family: str, layers: int, kind: str = "classification", **head: Any
+) -> tuple[Path, Any]:
+    """A bottleneck and a head of one of the library's flexible models; gives the head's tensors."""
+    width, places = 32, (1, 4)[:layers]
+    tt.attach(tiny(family), "pfeiffer[size=4]").export(path, "adapters")
+    for file in path.glob("*head*"):
+        file.unlink()
+    draw = torch.Generator().manual_seed(1)
+    tensors = {}
+    for place in places:
+        out = 3 if place == places[-1] else width
+        tensors[f"heads.peer.{place}.weight"] = torch.randn(out, width, generator=draw)
+        tensors[f"heads.peer.{place}.bias"] = torch.randn(out, generator=draw)
+    save_file(tensors, path / "model_head.safetensors")
+    config = {
+        "activation_function": "tanh", "bias": True, "head_type": kind, "layers": layers, "num_labels": 3,
+        "label2id": {"a": 0, "b": 1, "c": 2}, "use_pooler": False, **head,
+    }  # fmt: skip
+    about = {"model_class": "BertAdapterModel", "name": "peer", "config": config}
+    (path / "head_config.json").write_text(json.dumps(about), encoding="utf-8")
+    return path, tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "head", "names"),
+    [
+        ("bert", 1, {"use_pooler": True}, {1: "classifier"}),
+        ("roberta", 2, {}, {1: "classifier.dense", 4: "classifier.out_proj"}),
+        ("electra", 2, {"activation_function": "gelu"}, {1: "classifier.dense", 4: "classifier.out_proj"}),
+    ],
+)
+def test_heads_of_flexible_models(family: str, layers: int, head: Any, names: dict[int, str], tmp_path: Path) -> None:
+    made, tensors = flexible_folder(tmp_path / "theirs", family, layers, **head)
+    model = tiny(family)
+    adapter = tt.load(model, made)
+    (own,) = (copy for _, copy in head_parts(adapter))
+    state = {f"classifier.{key}": value for key, value in own.state_dict().items()}
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and output(model, inputs(family)).shape[-1] == 3
+    for number, path in names.items():
+        assert torch.equal(state[f"{path}.weight"], tensors[f"heads.peer.{number}.weight"])
+        assert torch.equal(state[f"{path}.bias"], tensors[f"heads.peer.{number}.bias"])
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "head"),
+    [
+        ("bert", 2, {}),
+        ("bert", 1, {}),
+        ("bert", 1, {"kind": "tagging"}),
+        ("roberta", 1, {"use_pooler": True}),
+        ("roberta", 2, {"activation_function": "relu"}),
+        ("electra", 2, {"activation_function": "tanh"}),
+    ],
+)
+def test_heads_that_the_class_has_not(family: str, layers: int, head: Any, tmp_path: Path) -> None:
+    made, _ = flexible_folder(tmp_path / "theirs", family, layers, **head)
+    with pytest.raises(tt.UserError, match="layers is not the one that"):
+        tt.load(tiny(family), made)

@@ -29,6 +29,8 @@ CLASSES = {  # a flexible head's type -> the ending of transformers' class for t
 }
 ALONE = ("classification", "tagging", "multiple_choice")
 """Those that are one projection, of the pooled output or of every token's."""
+TWO = {"RobertaClassificationHead": "tanh", "ElectraClassificationHead": "gelu"}
+"""transformers' heads of two projections of the first token's state, and what is between them."""
 
 
 def head_config(path: Path) -> dict[str, Any]:
@@ -76,16 +78,31 @@ def name_flexible(folder: Folder, place: Model, config: Mapping[str, Any]) -> No
     own, name = flexible(config), config.get("name")
     if not own:
         return
-    kind, layers = own.get("head_type"), own.get("layers")
-    sites, start = place.sites.task_head, f"heads.{name}.1."
-    fits = kind in ALONE and layers == 1 and type(place.model).__name__.endswith(CLASSES[kind]) and len(sites) == 1
-    if not fits or (kind != "tagging" and not (own.get("use_pooler") and place.sites.pooler is not None)):
+    names = _names(own, place)
+    if not names:
         raise UserError(
-            f"{folder.path}: its {str(kind)[:40]} head of {str(layers)[:10]} layers is not the one that "
-            f"{type(place.model).__name__} has; one layer, behind the pooler for a text's class, is read"
+            f"{folder.path}: its {str(own.get('head_type'))[:40]} head of {str(own.get('layers'))[:10]} layers is not the"
+            f" one that {type(place.model).__name__} has; read is one layer, behind the pooler for a text's class, and "
+            "in roberta and electra two layers of the first token"
         )
-    for key in [key for key in folder.tensors if key.startswith(start)]:
-        folder.tensors[f"{sites[0].path}.{key.removeprefix(start)}"] = folder.take(key)
+    for number, path in names.items():
+        start = f"heads.{name}.{number}."
+        for key in [key for key in folder.tensors if key.startswith(start)]:
+            folder.tensors[f"{path}.{key.removeprefix(start)}"] = folder.take(key)
+
+
+def _names(own: Mapping[str, Any], place: Model) -> dict[int, str]:
+    """The place in a flexible head's row of modules -> the module of the model's head; empty where they differ."""
+    kind, layers, sites = own.get("head_type"), own.get("layers"), place.sites.task_head
+    if kind not in ALONE or len(sites) != 1 or not type(place.model).__name__.endswith(CLASSES[kind]):
+        return {}
+    pooled = bool(own.get("use_pooler"))
+    between = TWO.get(type(sites[0].module).__name__)
+    if between is not None and kind == "classification":
+        two = layers == 2 and not pooled and own.get("activation_function") == between
+        return {1: f"{sites[0].path}.dense", 4: f"{sites[0].path}.out_proj"} if two else {}
+    fits = layers == 1 and (kind == "tagging" or (pooled and place.sites.pooler is not None))
+    return {1: sites[0].path} if fits else {}
 
 
 def drop_frozen(folder: Folder, place: Model) -> None:
