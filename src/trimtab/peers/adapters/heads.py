@@ -81,9 +81,9 @@ def name_flexible(folder: Folder, place: Model, config: Mapping[str, Any]) -> No
     names = _names(own, place)
     if not names:
         raise UserError(
-            f"{folder.path}: its {str(own.get('head_type'))[:40]} head of {str(own.get('layers'))[:10]} layers is not the"
-            f" one that {type(place.model).__name__} has; read is one layer, behind the pooler for a text's class, and "
-            "in roberta and electra two layers of the first token"
+            f"{folder.path}: its {str(own.get('head_type'))[:40]} head of {str(own.get('layers'))[:10]} layers is not "
+            f"the one that {type(place.model).__name__} has; read is one layer, behind the pooler for a text's class, "
+            "and in roberta and electra two layers of the first token"
         )
     for number, path in names.items():
         start = f"heads.{name}.{number}."
