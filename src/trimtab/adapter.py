@@ -199,12 +199,13 @@ class Adapter:
         updates = [_merged(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, LinearSite)]
         copies = [(site, entry.parts[site.key]) for site in entry.sites if isinstance(site, _COPIED)]
         self.detach()
+        before = len(list(self.model.parameters()))
         for write in updates:
             write()
         for site, parts in copies:
             for part in members(parts):
                 part.write_into(site.module)
-        if updates:
+        if len(list(self.model.parameters())) > before:  # biases where there were none
             declare_biases(self.model)
         return self.model
 

@@ -8,7 +8,7 @@ never.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, combinations
 from typing import Any
 
@@ -25,22 +25,19 @@ def declare_biases(model: PreTrainedModel) -> list[str]:
     """
     there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     added = there - _parameters(model, ())
+    flags = [key for key, value in model.config.to_dict().items() if key.endswith("bias") and value is False]
     if not added:
         return []
-    for flags in _choices(model.config):
-        made = _parameters(model, flags)
+    if not added <= _parameters(model, flags):
+        return sorted(added)
+    for chosen in chain.from_iterable(combinations(flags, count) for count in range(1, len(flags) + 1)):
+        made = _parameters(model, chosen)
         if added <= made and all(name.endswith(".bias") for name in made - there):
             _make(model, sorted(made - there))
-            for flag in flags:
+            for flag in chosen:
                 setattr(model.config, flag, True)
             return []
     return sorted(added)
-
-
-def _choices(config: Any) -> Iterator[Sequence[str]]:
-    """Flags that a configuration has and that are off, the fewest first."""
-    flags = [key for key, value in config.to_dict().items() if key.endswith("bias") and value is False]
-    return chain.from_iterable(combinations(flags, count) for count in range(1, len(flags) + 1))
 
 
 def _parameters(model: PreTrainedModel, flags: Sequence[str]) -> set[str]:
