@@ -100,7 +100,7 @@ REFUSED = {(kind, name) for kind in ("prefix_flat", "prefix") for name in ("t5",
     for kind in ("prompt", "prompt, behind [CLS]")
     for name in ("bert, tags", "distilbert", "gpt2", "llama", "mistral", "t5", "t5, gated")
 }
-"""Their prefix takes part in T5's relative positions; their prompt is for encoders, and has tags of its own. In
+"""Their prefix moves T5's own keys away from their queries; their prompt is for encoders, and has tags of its own. In
 DistilBERT it runs with sdpa alone, which gives padded rows other logits (equal without padding, tried by hand)."""
 
 

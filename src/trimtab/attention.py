@@ -26,6 +26,7 @@ from trimtab.errors import UserError
 from trimtab.hooks import Switch
 from trimtab.packing import Packing
 from trimtab.positions import ShiftPositions
+from trimtab.relative import FrontBias
 from trimtab.sites import KVSite, Module
 
 NAME = "trimtab"  # names that contain "sdpa" or "flash" are treated specially by transformers
@@ -51,6 +52,8 @@ class Source:
         Such tokens do not see those that come later, and fall out of a sliding window as any token does; a prefix is
         always visible.
         """
+        self.bias: FrontBias | None = None
+        """What T5's relative positions give its keys; None for keys that have no position."""
 
     def before(self, running: int | None) -> bool:
         """Whether the tokens that are run at present see this source."""
@@ -271,6 +274,9 @@ def install_kv(site: KVSite, part: Any, switch: Switch, order: int | None = None
     source = Source(part, switch, order)
     slot_of(site.module).sources.append(source)
     handles: list[Any] = [KVHandle(site.module, source)]
+    if getattr(part, "relative", False) and not site.cross:
+        source.bias = FrontBias(site)
+        handles.append(site.module.register_forward_pre_hook(source.bias, with_kwargs=True))
     if hasattr(part, "prepare"):
         handles.append(
             site.body.register_forward_pre_hook(Prepare(part, switch), prepend=True)
@@ -369,8 +375,17 @@ def _behind(
     for source in sources:
         k, v = (tensor.to(key) if tensor.dim() == 4 else tensor.to(key)[None] for tensor in source.part.prefix())
         mask = _extend(mask, _visible(source, query, k.shape[-2], kwargs), k.shape[-2])
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = _extend_bias(kwargs["position_bias"], source, k.shape[-2])
         pieces.insert(0, (k, v))
     return _attend(slot, module, query, pieces, mask, kwargs)
+
+
+def _extend_bias(bias: torch.Tensor, source: Source, length: int) -> torch.Tensor:
+    """T5's bias [1, heads, n, m] with `length` columns in front: of relative positions, or 0."""
+    if source.bias is None:
+        return F.pad(bias, (length, 0))
+    return torch.cat([source.bias.columns(length, bias), bias], dim=-1)
 
 
 def _packed(
@@ -404,8 +419,6 @@ def _attend(
     if front and slot.previous == "sdpa" and decodes(query, mask, module.training, kwargs):
         scaling = kwargs.get("scaling")
         return decode(query, pieces, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
-    if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (front, 0))  # T5: prefixes have no relative position
     key, value = (_joined(tensors) for tensors in zip(*pieces, strict=True))
     return _call(slot, module, query, key, value, mask, kwargs)
 

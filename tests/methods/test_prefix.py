@@ -16,6 +16,7 @@ from reference import PREFIXES
 from tiny import CAUSAL, inputs, output, tiny
 from trimtab.lengths import fitting_length, virtual_tokens
 from trimtab.methods import LlamaAdapter, LoRA, Prefix, Prompt, PTuningV2, Union
+from trimtab.relative import FrontBias
 from trimtab.sites import Sites
 
 
@@ -373,3 +374,55 @@ def test_equals_peft(family: str) -> None:
         _from_peft(model, tt.attach(model, method), embeddings)
         assert torch.allclose(model(**batch).logits, expected, rtol=0, atol=1e-5)
     assert (expected - output(tiny(family), batch)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_relative_positions_of_a_prefix_are_those_of_tokens_in_front(stack: str) -> None:
+    """Against T5's own table for P + n tokens, whose text among itself is as far apart as without them."""
+    sites = Sites(tiny("t5"))
+    site = next(one for one in sites.kv if one.stack == stack and not one.cross and one.layer == 1)
+    first = next(one for one in sites.kv if one.stack == stack and not one.cross and one.layer == 0).module
+    bias, whole = FrontBias(site), first.compute_bias(P + 7, P + 7)
+    text = first.compute_bias(7, 7)
+    assert torch.equal(whole[:, :, P:, P:], text)
+    assert torch.equal(bias.columns(P, text), whole[:, :, P:, :P])
+    step = first.compute_bias(1, 7, past_seen_tokens=6)
+    bias.seen = 6
+    assert torch.equal(bias.columns(P, step), first.compute_bias(1, P + 7, past_seen_tokens=P + 6)[..., :P])
+
+
+@pytest.mark.parametrize("method", ["prefix[length=4,relative=true]", "prefix[length=4,relative=true,hidden=6]"])
+def test_relative_prefixes_of_t5(method: str, tmp_path: Path) -> None:
+    """They matter, are the same folded and loaded again, and steps with a cache (dynamic, static) give the whole."""
+    torch.manual_seed(0)
+    model, batch = tiny("t5"), inputs("t5")
+    adapter = tt.attach(model, method)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        expected = output(model, batch)
+        adapter.save(tmp_path)
+        plain = tiny("t5")
+        other = tt.attach(plain, "prefix[length=4,form=flat,init=random]")
+        other.load_state_dict(tt.load(tiny("t5"), tmp_path).state_dict())
+        assert not torch.allclose(output(plain, batch), expected, atol=1e-4)
+        again = tiny("t5")
+        tt.load(again, tmp_path)
+        assert torch.allclose(output(again, batch), expected, atol=1e-6)
+        made = {
+            name: again.generate(batch["input_ids"], max_new_tokens=6, do_sample=False, **options).tolist()
+            for name, options in (
+                ("none", {"use_cache": False}),
+                ("dynamic", {}),
+                ("static", {"cache_implementation": "static"}),
+            )
+        }
+    assert made["none"] == made["dynamic"] == made["static"]
+    adapter.detach()
+    with torch.no_grad():
+        assert torch.equal(output(model, batch), output(tiny("t5"), batch))
+
+
+def test_relative_prefixes_are_for_t5() -> None:
+    with pytest.raises(tt.UserError, match="relative=true is for T5"):
+        tt.attach(tiny("bart"), "prefix[relative=true]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import trimtab as tt
 from tiny import inputs, tiny
@@ -53,9 +54,12 @@ KINDS = {
     "prompt": lambda family: peft.PromptTuningConfig(
         num_virtual_tokens=4, task_type=TASK[family] or "SEQ_2_SEQ_LM", num_transformer_submodules=1
     ),
-    "prefix": lambda family: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=TASK[family]),
+    "prefix": lambda family: peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=TASK[family] or "SEQ_2_SEQ_LM"),
     "prefix-network": lambda family: peft.PrefixTuningConfig(
-        num_virtual_tokens=4, task_type=TASK[family], prefix_projection=True, encoder_hidden_size=6
+        num_virtual_tokens=4,
+        task_type=TASK[family] or "SEQ_2_SEQ_LM",
+        prefix_projection=True,
+        encoder_hidden_size=6,
     ),
     "p-tuning": lambda family: peft.PromptEncoderConfig(
         num_virtual_tokens=4,
@@ -64,7 +68,7 @@ KINDS = {
         encoder_hidden_size=16,
     ),
 }
-NOT_OURS = {("gpt2", "adaption"), ("t5", "prefix"), ("t5", "prefix-network")}  # refused, see below
+NOT_OURS = {("gpt2", "adaption")}  # refused, see below
 NOT_PEFTS = {("bert", "adaption"), ("t5", "adaption")}
 CASES = [(family, kind) for family in TASK for kind in KINDS if (family, kind) not in NOT_OURS | NOT_PEFTS]
 
@@ -139,6 +143,7 @@ OURS = [
     ("bert", "prompt[length=4,leads=true]"),
     ("t5", "lora[r=3]"),
     ("t5", "layernorm"),
+    ("t5", "prefix[length=4,hidden=8,encoder=false,cross=false,relative=true]"),
     ("llama", "prefix[length=4,hidden=8]"),
     ("gpt2", "p-tuning-v2[length=4,network=true,hidden=8,dropout=0]"),
     ("llama", "p-tuning[length=4]"),
@@ -293,12 +298,33 @@ def test_refuses_a_configuration_of_megabytes(folder: Path) -> None:
 @pytest.mark.parametrize(("family", "kind"), sorted(NOT_OURS))
 def test_refuses_what_peft_does_otherwise(family: str, kind: str, tmp_path: Path) -> None:
     config = KINDS[kind](family)
-    config.task_type = config.task_type or "SEQ_2_SEQ_LM"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.get_peft_model(base(family), config).save_pretrained(tmp_path)
-    words = ("output projection", "gpt2") if kind == "adaption" else ("relative positions",)
-    _refused(tmp_path, *words, family=family)
+    _refused(tmp_path, "output projection", "gpt2", family=family)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_an_even_decoder_shares_prefixes_in_peft(layers: int, tmp_path: Path) -> None:
+    """Read, written back when it is unchanged, and refused once layers that share one differ."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    made = T5ForConditionalGeneration(T5Config(**sizes, num_layers=layers, num_decoder_layers=layers)).eval()
+    made._prepare_encoder_decoder_kwargs_for_generation = None  # type: ignore[attr-defined]
+    bare = copy.deepcopy(made)
+    wrapped = peft.get_peft_model(copy.deepcopy(made), KINDS["prefix"]("t5")).eval()
+    expected = logits_of(wrapped, "t5")
+    wrapped.save_pretrained(tmp_path / "theirs")
+    adapter = tt.load(made, tmp_path / "theirs")
+    assert (logits_of(made, "t5") - expected).abs().max() <= TOLERANCE < (logits_of(bare, "t5") - expected).abs().max()
+    adapter.export(tmp_path / "back", "peft")
+    back = peft.PeftModel.from_pretrained(bare, tmp_path / "back").eval()
+    assert (logits_of(back, "t5") - expected).abs().max() <= TOLERANCE
+    with torch.no_grad():
+        next(adapter.parameters()).add_(1)
+    with pytest.raises(UserError, match=f"{layers // 2} apart of a decoder with {layers} layers"):
+        adapter.export(tmp_path / "refused", "peft")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_refuses_virtual_tokens_of_a_decoder_behind_an_encoder(tmp_path: Path) -> None:
@@ -315,7 +341,9 @@ def test_refuses_virtual_tokens_of_a_decoder_behind_an_encoder(tmp_path: Path) -
         ("llama", "llama-adapter[gates=layer,layers=0]", ("top layers",)),
         ("gpt2", "llama-adapter[gates=layer]", ("gpt2",)),
         ("bert", "prompt", ("leads=true",)),
-        ("t5", "prefix", ("relative positions",)),
+        ("t5", "prefix", ("encoder=false,cross=false,relative=true",)),
+        ("t5", "p-tuning-v2", ("encoder=false,cross=false,relative=true",)),
+        ("bart", "prefix", ("of T5 alone",)),
         ("llama", "prefix[layers=0]", ("every layer",)),
         ("llama", "lora|ia3[targets=k]", ("several methods",)),
     ],

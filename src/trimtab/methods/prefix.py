@@ -32,6 +32,7 @@ from trimtab.methods.prefixes import (
     real_start,
     stored_parts,
 )
+from trimtab.relative import has_relative_positions
 from trimtab.sites import KVSite, Site, Sites
 
 
@@ -59,6 +60,8 @@ class Prefix:
     """Whether cross-attention gets a prefix."""
     shift: bool = True
     """Whether learned positions of the text move up by the length (the paper's code) or stay (the library adapters)."""
+    relative: bool = False
+    """Whether T5's relative positions count the prefix as tokens in front of the text (peft)."""
 
     name: ClassVar[str] = "prefix"
     kinds: ClassVar[frozenset[str]] = frozenset({"kv"})
@@ -78,12 +81,16 @@ class Prefix:
         """One part an attention; the first of each set owns the network."""
         real = {} if self.init == "random" else real_start(self.name, sites, context, self.length, self.text)
         parts: dict[Site, nn.Module] = {}
+        if self.relative and not any(has_relative_positions(site) for site in sites.kv):
+            raise UserError(
+                f"prefix: relative=true is for T5, whose scores depend on distances, not {sites.family.name}"
+            )
         for group in self._sets(sites):
             start = [real.get(site) or random_start(site, self.length) for site in group]
             if self.form == "flat":
-                parts |= stored_parts(group, start, self.dropout, self.shift)
+                parts |= stored_parts(group, start, self.dropout, self.shift, self.relative)
             else:
-                parts |= generated_parts(group, start, self.dropout, self.hidden, self.shift)
+                parts |= generated_parts(group, start, self.dropout, self.hidden, self.shift, self.relative)
         return parts
 
     def parameter_count(self, sites: Sites) -> int:

@@ -67,10 +67,11 @@ def outputs(group: Sequence[KVSite]) -> int:
 class StoredPrefix(nn.Module):
     """Keys and values that are trained themselves; also the inference form of those that a network makes."""
 
-    def __init__(self, start: KeysValues, dropout: float, shift: int):
+    def __init__(self, start: KeysValues, dropout: float, shift: int, relative: bool = False):
         super().__init__()
         self.keys, self.values = (nn.Parameter(tensor.detach().clone()) for tensor in start)
         self.dropout, self.shift, self.draws = dropout, shift, dropout > 0
+        self.relative = relative
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
@@ -82,14 +83,22 @@ class Generator(nn.Module):
 
     start: torch.Tensor
 
-    def __init__(self, group: Sequence[KVSite], length: int, hidden: int, dropout: float, shift: bool = True):
+    def __init__(
+        self,
+        group: Sequence[KVSite],
+        length: int,
+        hidden: int,
+        dropout: float,
+        shift: bool = True,
+        relative: bool = False,
+    ):
         super().__init__()
         width = group[0].k.in_features
         self.tokens = nn.Parameter(torch.randn(length, width))
         self.first, self.last = nn.Linear(width, hidden), nn.Linear(hidden, outputs(group))
         self.register_buffer("start", torch.zeros(length, outputs(group)))
         self.shapes = [(site.kv_heads, site.head_dim) for site in group]
-        self.dropout, self.shift = dropout, length if shift else 0
+        self.dropout, self.shift, self.relative = dropout, length if shift else 0, relative
         self.current: list[KeysValues] = []
         """What the present forward uses."""
 
@@ -122,7 +131,7 @@ class Generator(nn.Module):
     @torch.no_grad()
     def stored(self, index: int) -> StoredPrefix:
         """The inference form of one attention; the first of a set moves the text."""
-        return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.shift)
+        return StoredPrefix(self.compute()[index], self.dropout, 0 if index else self.shift, self.relative)
 
 
 def _dropped(pair: KeysValues, dropout: float, training: bool) -> KeysValues:
@@ -141,6 +150,7 @@ class Leader(nn.Module):
     def __init__(self, generator: Generator):
         super().__init__()
         self.generator, self.shift, self.draws = generator, generator.shift, generator.dropout > 0
+        self.relative = generator.relative
 
     def prepare(self) -> None:
         """Run the network, once a forward."""
@@ -161,7 +171,7 @@ class Follower(nn.Module):
     def __init__(self, generator: Generator, index: int):
         super().__init__()
         self.generator = (generator,)  # in a tuple: its tensors are the leader's
-        self.index = index
+        self.index, self.relative = index, generator.relative
 
     def prefix(self) -> KeysValues:
         """keys, values [kv_heads, P, head_dim]"""
@@ -173,19 +183,28 @@ class Follower(nn.Module):
 
 
 def stored_parts(
-    group: Sequence[KVSite], start: Sequence[KeysValues], dropout: float, shift: bool = True
+    group: Sequence[KVSite],
+    start: Sequence[KeysValues],
+    dropout: float,
+    shift: bool = True,
+    relative: bool = False,
 ) -> dict[Site, nn.Module]:
     """Keys and values of a set that are trained themselves; the first one moves the text, unless `shift` is false."""
     return {
-        site: StoredPrefix(pair, dropout, pair[0].shape[1] if shift and site is group[0] else 0)
+        site: StoredPrefix(pair, dropout, pair[0].shape[1] if shift and site is group[0] else 0, relative)
         for site, pair in zip(group, start, strict=True)
     }
 
 
 def generated_parts(
-    group: Sequence[KVSite], start: Sequence[KeysValues], dropout: float, hidden: int, shift: bool = True
+    group: Sequence[KVSite],
+    start: Sequence[KeysValues],
+    dropout: float,
+    hidden: int,
+    shift: bool = True,
+    relative: bool = False,
 ) -> dict[Site, nn.Module]:
     """A network that starts by making `start`, owned by the first of the set."""
-    generator = Generator(group, start[0][0].shape[1], hidden, dropout, shift)
+    generator = Generator(group, start[0][0].shape[1], hidden, dropout, shift, relative)
     generator.begin(start)
     return {site: Follower(generator, at) if at else Leader(generator) for at, site in enumerate(group)}

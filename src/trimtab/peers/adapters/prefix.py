@@ -2,7 +2,8 @@
 in the order [length, layers · 2, heads, head width], of each layer keys and then values.
 
 They stand in front of the text's keys, behind the rotation, as ours do; but the text's learned positions stay where
-they are (`prefix[shift=false]`). In T5 theirs take part in the relative positions and ours do not: refused.
+they are (`prefix[shift=false]`). In T5 theirs moves the text's own keys away from
+their queries by the length: refused.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def _attentions(sites: Sites, what: str) -> list[KVSite]:
     """Every layer's self-attention."""
     if len(sites.layer_modules) > 1:
         raise UserError(
-            f"{what}: adapters' prefix takes part in the relative positions of an encoder-decoder and trimtab's does "
-            "not, so the one cannot be written as the other"
+            f"{what}: adapters' prefix moves an encoder-decoder's own keys away from their queries by its length, which "
+            "trimtab's does not, so the one cannot be written as the other"
         )
     found = [site for site in sites.kv if not site.cross]
     if not found:
