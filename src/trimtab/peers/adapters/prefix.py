@@ -110,8 +110,8 @@ def _attentions(sites: Sites, what: str) -> list[KVSite]:
     """Every layer's self-attention."""
     if len(sites.layer_modules) > 1:
         raise UserError(
-            f"{what}: adapters' prefix moves an encoder-decoder's own keys away from their queries by its length, which "
-            "trimtab's does not, so the one cannot be written as the other"
+            f"{what}: adapters' prefix moves an encoder-decoder's own keys away from their queries by its length, "
+            "which trimtab's does not, so the one cannot be written as the other"
         )
     found = [site for site in sites.kv if not site.cross]
     if not found:
