@@ -57,7 +57,7 @@ def test_a_class_without_them_is_refused(family: str, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "base")
     model = type(base).from_pretrained(tmp_path / "base")
     tt.attach(model, "bitfit").save(tmp_path / "adapter", task=Generate().to_config())
-    with pytest.raises(tt.UserError, match=f"{WITHOUT[family]} has no bias at .*works as an adapter"):
+    with pytest.raises(tt.UserError, match=f"{WITHOUT[family]} has no .*bias .*works as an adapter"):
         merge_run(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -103,8 +103,8 @@ def _check_biases(model: PreTrainedModel) -> None:
     homeless = declare_biases(model)
     if homeless:
         raise UserError(
-            f"{type(model).__name__} has no bias at {homeless[0]} and {len(homeless) - 1} other places, so a plain "
-            "folder cannot hold what the adapter adds there; it works as an adapter"
+            f"{type(model).__name__} has no {homeless[0]} ({len(homeless)} such biases in all), so a plain folder "
+            "cannot hold what the adapter adds there; it works as an adapter"
         )
 
 

@@ -529,8 +529,14 @@ def _embeds(
         insert="tokens" if stack.insert == "shared" and not _tokens_stand_alone(body) else str(stack.insert),
         positions=stack.positions,
         reader=_reader(stack, root),
-        states=_module(body, stack.embeds.rpartition(".")[0], model) if stack.embeds and stack.shift else None,
+        states=_states_of(stack, body, model),
     )
+
+
+def _states_of(stack: Stack, body: Module, model: PreTrainedModel) -> Module:
+    """The module around the words' embeddings, in encoders that add learned positions there; else None."""
+    around = (stack.embeds or "").rpartition(".")[0]
+    return _module(body, around, model) if around and stack.shift and stack.insert == "tokens" else None
 
 
 def _reader(stack: Stack, root: nn.Module) -> Module:

@@ -12,6 +12,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 import trimtab as tt
 from tiny import CAUSAL, ENCODERS, SEQ2SEQ, VISION, inputs, output, tiny
+from trimtab.arch import FAMILIES
 from trimtab.lengths import fitting_length
 from trimtab.methods.prompt import Prompt
 
@@ -176,7 +177,7 @@ def test_behind_the_embeddings_a_text_keeps_all_positions() -> None:
     assert fitting_length(Prompt(length=P), config, None) == config.max_position_embeddings - P
 
 
-@pytest.mark.parametrize("family", ["llama", "modernbert", "t5", "vit"])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"bert", "roberta", "electra", "distilbert"}))
 def test_behind_the_embeddings_is_for_encoders_with_positions(family: str) -> None:
     with pytest.raises(tt.UserError, match="at=states is for encoders of texts"):
         tt.attach(tiny(family), "prompt[at=states]")

@@ -135,6 +135,7 @@ def test_prompt_tuning_of_an_encoder(combine: str, leads: bool, tmp_path: Path) 
         ("bert", {"combine": "behind"}, "combine 'behind'"),
         ("bert", {"prompt_length": 5}, "prompt_length is 5, its tensors have 4"),
         ("llama", {}, "for encoders of texts alone"),
+        ("gpt2", {}, "for encoders of texts alone"),
     ],
 )
 def test_prompt_tuning_that_is_refused(family: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:

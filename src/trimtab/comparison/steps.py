@@ -107,7 +107,7 @@ def check_rows(source: Source, methods: Sequence[str]) -> None:
             f"a comparison is of methods on the same rows, and {looking[0]} looks at pictures; use trimtab train"
         )
     column = getattr(source.task, "image_column", None)
-    if column is not None and not all(isinstance(row[column], str) for row in source.rows):
+    if column is not None and not all(isinstance(row[column], str | None) for row in source.rows):
         raise UserError(
             f"a comparison needs pictures that are files, and column {column!r} holds the pictures; use a class folder"
         )

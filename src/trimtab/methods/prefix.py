@@ -79,12 +79,12 @@ class Prefix:
 
     def build(self, sites: Sites, context: Context) -> Parts:
         """One part an attention; the first of each set owns the network."""
-        real = {} if self.init == "random" else real_start(self.name, sites, context, self.length, self.text)
         parts: dict[Site, nn.Module] = {}
         if self.relative and not any(has_relative_positions(site) for site in sites.kv):
             raise UserError(
                 f"prefix: relative=true is for T5, whose scores depend on distances, not {sites.family.name}"
             )
+        real = {} if self.init == "random" else real_start(self.name, sites, context, self.length, self.text)
         for group in self._sets(sites):
             start = [real.get(site) or random_start(site, self.length) for site in group]
             if self.form == "flat":
