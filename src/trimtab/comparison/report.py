@@ -166,6 +166,7 @@ main > .plot { display: block; max-width: 46rem; }
 th, td { text-align: right; padding: .35rem .35rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, td.text { text-align: left; } th { color: var(--soft); font-weight: 600;
   white-space: normal; vertical-align: bottom; }
+td.text { white-space: normal; }
 tr.chosen td { background: var(--card); font-weight: 600; }
 code, pre { font: .8rem/1.45 ui-monospace, monospace; } pre { white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--card); padding: .6rem .8rem; margin: .3rem 0; } summary { cursor: pointer; padding: .25rem 0; }
