@@ -7,8 +7,9 @@ runs are made; refuses to know how their results are shown (search_report.py doe
     python -m benchmarks.search --quick      everything small and on BERT-tiny, with a report of its own
 
 Samplers are compared on BERT-tiny, where a trial takes seconds: on real trials, and with more repeats on a surrogate
-that was fitted to them. The search itself runs on MiniLM, on one task; what it finds is then trained unchanged on the
-two others. Every run leaves one JSON file and is not made again.
+that was fitted to them. There the search as a whole, which begins with named methods and stops bad trials early, is
+compared with random search that is given as many steps of training. The search itself runs on MiniLM, on one task; what
+it finds is then trained unchanged on the two others. Every run leaves one JSON file and is not made again.
 """
 
 from __future__ import annotations
@@ -110,6 +111,11 @@ class Arena:
             keep(self.folder / "cells", cell, figures)
         return figures
 
+    def tried(self, method: str, lr: float, point: Mapping[str, Any]) -> tuple[float, int]:
+        """Accuracy on the development rows and trained parameters of a point."""
+        figures = self.trained(self.cell(method, lr))
+        return figures["dev"]["accuracy"], int(figures["parameters"]["trainable"])
+
     def scored(self, cell: Cell) -> Figures:
         """The figures of a run with those of the test rows."""
         trained, scored = self.trained(cell, save=True), read(self.folder / "cells", Scored(cell))
@@ -192,21 +198,18 @@ def compare_samplers(arena: Arena) -> Figures:
     """Hypervolume curves of the samplers on real trials and on the surrogate."""
     space, sizes = arena.space, arena.sizes
     table: list[tuple[list[float], float]] = []
-    sizes_of: dict[str, int] = {}
 
     def real(method: str, lr: float, point: dict[str, Any]) -> tuple[float, int]:
-        figures = arena.trained(arena.cell(method, lr))
-        accuracy, parameters = figures["dev"]["accuracy"], int(figures["parameters"]["trainable"])
+        accuracy, parameters = arena.tried(method, lr, point)
         table.append((features(space, point), accuracy))
-        sizes_of[method] = parameters
         return accuracy, parameters
 
     tried = {
         name: [sample(space, name, repeat, sizes.trials, real) for repeat in range(sizes.repeats)]
         for name in ("random", storage.DEFAULT_SAMPLER)
     }
-    head = int(arena.trained(arena.cell("head", 1e-3))["parameters"]["trainable"])
-    bounds = (_majority(arena), head, head + space.largest)
+    bounds = bounds_of(arena)
+    head = bounds[1]
     fitted, agreement = fit(table)
 
     def surrogate(method: str, lr: float, point: dict[str, Any]) -> tuple[float, int]:
@@ -222,6 +225,12 @@ def compare_samplers(arena: Arena) -> Figures:
         "agreement": agreement,
         "table": len(table),
     }
+
+
+def bounds_of(arena: Arena) -> tuple[float, int, int]:
+    """What a hypervolume is measured from: the accuracy of always naming one label, least and most parameters."""
+    head = int(arena.trained(arena.cell("head", 1e-3))["parameters"]["trainable"])
+    return _majority(arena), head, head + arena.space.largest
 
 
 def _majority(arena: Arena) -> float:
@@ -250,6 +259,75 @@ def fit(table: Sequence[tuple[list[float], float]]) -> tuple[Any, float]:
     return forest.fit(points, scores), float(spearmanr(guesses, scores).statistic)
 
 
+# -- the search as a whole ----------------------------------------------------------------------------------------
+
+
+class OneSeed:
+    """A bench whose runs all begin with seed 0, as those of the samplers do, whatever seed points are drawn by."""
+
+    def __init__(self, bench: Bench):
+        self.bench = bench
+
+    def attempt(self, cell: Cell, watch: Any) -> Figures:
+        """A run on the development rows."""
+        return self.bench.attempt(dataclasses.replace(cell, seed=0), watch)
+
+
+def whole_search(arena: Arena, sampler: str, repeat: int) -> list[Trial]:
+    """The trials of one search, until they have taken as many steps as a sampler's repeat."""
+    settings = dataclasses.replace(arena.settings, seed=repeat)
+    plan = dataclasses.replace(arena.plan, settings=settings)
+    journal = storage.reach(str(arena.folder / f"whole-{sampler}-{repeat}.journal"))
+    about = {"rows": arena.sizes.train, "epochs": arena.sizes.epochs, "seed": repeat}
+    study = storage.open_study(journal, ["maximize", "minimize"], about, sampler, repeat)
+    tries = Tries(study, arena.space, OneSeed(arena.bench), plan, OBJECTIVES, sampler, alone=True)
+    while sum(trainings(one) for one in finished(study)) < arena.sizes.trials:
+        tries.all(tries.done + 1, math.inf, False)
+    return finished(study)
+
+
+def trainings(trial: Trial) -> float:
+    """The share of a whole training that a trial took."""
+    return trial.stopped_at or 1.0
+
+
+def curve_of_search(trials: Sequence[Trial], budget: int, bounds: tuple[float, int, int]) -> list[float]:
+    """The hypervolume of the trials that ended by themselves, behind as many whole trainings as each number says."""
+    spent = np.cumsum([trainings(one) for one in trials])
+    return [
+        hypervolume(
+            [
+                (one.score, one.parameters)
+                for one, by in zip(trials, spent, strict=True)
+                if by <= at + 1e-9 and one.stopped_at is None
+            ],
+            *bounds,
+        )
+        for at in range(1, budget + 1)
+    ]
+
+
+def compare_searches(arena: Arena) -> Figures:
+    """Hypervolume curves of whole searches, by the default sampler and by random points, and of random points alone."""
+    bounds, sizes = bounds_of(arena), arena.sizes
+    alone = [sample(arena.space, "random", repeat, sizes.trials, arena.tried) for repeat in range(sizes.repeats)]
+    found: Figures = {
+        "alone": {
+            "curves": [curve(one, *bounds) for one in alone],
+            "trials": [sizes.trials] * sizes.repeats,
+            "stopped": [0] * sizes.repeats,
+        }
+    }
+    for name in (storage.DEFAULT_SAMPLER, "random"):
+        runs = [whole_search(arena, name, repeat) for repeat in range(sizes.repeats)]
+        found[name] = {
+            "curves": [curve_of_search(run, sizes.trials, bounds) for run in runs],
+            "trials": [len(run) for run in runs],
+            "stopped": [sum(one.stopped_at is not None for one in run) for run in runs],
+        }
+    return found
+
+
 # -- what is found ------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +344,7 @@ def run_search(arena: Arena, seconds: float) -> list[Trial]:
     )
     tries = Tries(study, arena.space, arena.bench, arena.plan, OBJECTIVES, storage.DEFAULT_SAMPLER, alone=True)
     while sum(trial.seconds for trial in finished(study)) < seconds:
-        tries.all(len(finished(study)) + 1, math.inf, False)
+        tries.all(tries.done + 1, math.inf, False)
     return finished(study)
 
 
@@ -335,10 +413,28 @@ def estimate(sizes: Sizes) -> dict[str, float]:
     finals = sum(training(sizes.model, task) for task in (SEARCHED, *OTHERS)) * 2 * sizes.seeds
     return {
         "samplers": 2 * sizes.repeats * sizes.trials * training(sizes.sampler_model, SEARCHED) + 60,
+        "searches": 2 * sizes.repeats * sizes.trials * training(sizes.sampler_model, SEARCHED),
         "defaults": len(sizes.defaults) * len(sizes.factors) * one,
         "search": sizes.cost * one * 1.3 + len(sizes.factors) * one,
         "finals": finals * 1.2,
     }
+
+
+def on_samplers_model(compare: Callable[[Arena], Figures]) -> Callable[[Path, Sizes], Figures]:
+    """A comparison that needs the samplers' model only."""
+
+    def made(folder: Path, sizes: Sizes) -> Figures:
+        with arena(folder, sizes.sampler_model, SEARCHED, sizes) as home:
+            return compare(home)
+
+    return made
+
+
+PARTS: dict[str, Callable[[Path, Sizes], Figures]] = {
+    "samplers": on_samplers_model(compare_samplers),
+    "searches": on_samplers_model(compare_searches),
+    "found": compare_found,
+}
 
 
 def main() -> None:
@@ -347,7 +443,7 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true", help="only say how long it takes")
     parser.add_argument("--report", action="store_true", help="only write the report")
     parser.add_argument("--quick", action="store_true", help="everything small, on BERT-tiny")
-    parser.add_argument("--only", choices=("samplers", "found"), help="run one half")
+    parser.add_argument("--only", choices=tuple(PARTS), help="run one part")
     parser.add_argument("--folder", type=Path, default=None, help="where results are kept")
     given = parser.parse_args()
     sizes = QUICK if given.quick else FULL
@@ -362,13 +458,10 @@ def main() -> None:
     found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     if not given.report:
         found["sizes"] = dataclasses.asdict(sizes)
-        if given.only != "found":
-            with arena(folder, sizes.sampler_model, SEARCHED, sizes) as home:
-                found["samplers"] = compare_samplers(home)
-            write(results, json.dumps(found))
-        if given.only != "samplers":
-            found["found"] = compare_found(folder, sizes)
-            write(results, json.dumps(found))
+        for name, make in PARTS.items():
+            if given.only in (None, name):
+                found[name] = make(folder, sizes)
+                write(results, json.dumps(found))
     write_all(found, ROOT / "docs" if not given.quick else folder)
 
 

@@ -16,6 +16,9 @@ from trimtab.cells import write
 
 PAGE, DATA, PICTURE = "search.md", "search.json", "search.png"
 COLOURS = {"random": "#7F7F7F", "tpe": "#0072B2", "nsga2": "#D55E00", "gp": "#009E73"}
+SEARCHES = {"alone": "random points, all trained to the end", "tpe": "`trimtab search`",
+            "random": "`trimtab search --sampler random`"}  # fmt: skip
+"""What the searches that are compared as a whole are called."""
 
 
 def write_all(found: Mapping[str, Any], folder: Path) -> None:
@@ -29,7 +32,7 @@ def write_all(found: Mapping[str, Any], folder: Path) -> None:
     write(folder / DATA, json.dumps(without_answers(found), indent=1) + "\n")
     if "samplers" in found:
         pictures = folder / "pictures" if (folder / "pictures").is_dir() else folder
-        draw(found["samplers"], pictures / PICTURE)
+        draw(found["samplers"], found.get("searches", {}), pictures / PICTURE)
 
 
 def without_answers(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +53,8 @@ def samplers_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[s
         f"{sizes['sampler_model']}, sarcasm, {sizes['train']} rows to train on and {sizes['dev']} to score by, "
         f"{sizes['epochs']:g} epochs, {sizes['trials']} trials a repeat, {sizes['repeats']} repeats of real trials and "
         f"{sizes['surrogate_repeats']} on the surrogate (a forest on {found['table']} real trials; rank correlation of "
-        f"its cross-validated guesses with the truth {found['agreement']:.2f}). No halving and no warm start.",
+        f"its cross-validated guesses with the truth {found['agreement']:.2f}). No halving and no "
+        "named methods here.",
         "",
         *header("sampler", "real trials", "surrogate", "surrogate, against random"),
     ]
@@ -63,30 +67,55 @@ def samplers_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[s
     return [*lines, "", f"![Hypervolume by trials](pictures/{PICTURE})"]
 
 
+def searches_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
+    """The hypervolume of whole searches, and of random search with as much training."""
+    lines = [
+        f"The same model and rows; each is given the steps of {sizes['trials']} whole trainings.",
+        "",
+        *header("search", "hypervolume", "of each repeat", "trials", "stopped early"),
+    ]
+    for name, one in found.items():
+        ends = [run[-1] for run in one["curves"]]
+        each = ", ".join(f"{end:.3f}" for end in ends)
+        counts = (" ".join(str(count) for count in one[key]) for key in ("trials", "stopped"))
+        lines.append(row(SEARCHES[name], spread(ends), each, *counts))
+    return lines
+
+
 def interval(difference: Difference, digits: int = 3) -> str:
     """A difference with its 95 % interval."""
     return f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
 
 
-def draw(found: Mapping[str, Any], file: Path) -> None:
-    """Hypervolume by trials, mean over repeats with every repeat behind it."""
+def draw(found: Mapping[str, Any], searches: Mapping[str, Any], file: Path) -> None:
+    """Hypervolume by whole trainings, mean over repeats with every repeat behind it; whole searches are dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axis, (title, key) in zip(
-        figure.subplots(1, 2), (("real trials", "real"), ("surrogate", "surrogate")), strict=True
-    ):
-        for name, runs in found[key].items():
-            trials = range(1, len(runs[0]) + 1)
-            for one in runs:
-                axis.plot(trials, one, color=COLOURS[name], alpha=0.15, linewidth=0.8)
-            axis.plot(trials, np.mean(runs, axis=0), color=COLOURS[name], linewidth=2, label=name)
+    real, surrogate = figure.subplots(1, 2)
+    for name, runs in found["real"].items():
+        draw_runs(real, runs, name, "-", f"{name} alone")
+    for name, one in searches.items():
+        if name == "alone":  # drawn above
+            continue
+        draw_runs(real, one["curves"], name, "--", f"search, {name}")
+    for name, runs in found["surrogate"].items():
+        draw_runs(surrogate, runs, name, "-", f"{name} alone")
+    for axis, title in ((real, "real trials"), (surrogate, "surrogate")):
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("trials")
+        axis.set_xlabel("whole trainings")
         axis.set_ylabel("hypervolume")
         axis.grid(alpha=0.2)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=110)
+
+
+def draw_runs(axis: Any, runs: Sequence[Sequence[float]], name: str, style: str, label: str) -> None:
+    """The mean of some curves, and each of them faintly."""
+    trainings = range(1, len(runs[0]) + 1)
+    for one in runs:
+        axis.plot(trainings, one, style, color=COLOURS[name], alpha=0.15, linewidth=0.8)
+    axis.plot(trainings, np.mean(runs, axis=0), style, color=COLOURS[name], linewidth=2, label=label)
 
 
 # -- what was found -----------------------------------------------------------------------------------------------
@@ -153,6 +182,7 @@ def cost_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
 
 BLOCKS = (
     ("samplers", "samplers", samplers_table),
+    ("searches", "searches", searches_table),
     ("found", "found", found_table),
     ("cost", "found", cost_table),
 )

@@ -117,7 +117,7 @@ class Tries:
         with progress("trials" if trials is not None else "seconds", total, show) as bar:
             shown = 0
             while time.monotonic() < until:
-                done = self._done()
+                done = self.done
                 counted = done if trials is not None else round(time.monotonic() - begun)
                 bar(min(counted, total) - shown, f"{done} trials")
                 shown = min(counted, total)
@@ -128,7 +128,9 @@ class Tries:
                     continue
                 self._one()
 
-    def _done(self) -> int:
+    @property
+    def done(self) -> int:
+        """The trials that ended, with a score or with an error."""
         states = storage.optuna().trial.TrialState
         trials = self.study.get_trials(deepcopy=False)
         return sum(one.state == states.COMPLETE or ERROR in one.user_attrs for one in trials)
