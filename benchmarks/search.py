@@ -363,10 +363,9 @@ def compare_found(folder: Path, sizes: Sizes) -> Figures:
         line = front(trials, OBJECTIVES, 1)
         chosen = next((one for one in line if 2 * one.parameters <= most), line[-1])
         around = sorted({float(f"{chosen.lr * factor:.2g}") for factor in sizes.factors})
-        lr = home.best_rate(chosen.method, around)
-    methods = {"found": (chosen.method, lr), "default": (best, rates[best])}
+        methods = {"found": (chosen.method, around), "default": (best, home.plan.rates(best))}
     return {
-        "methods": {name: {"method": method, "lr": lr} for name, (method, lr) in methods.items()},
+        "methods": {name: method for name, (method, _) in methods.items()},
         "defaults": {
             method: {"lr": rates[method], "dev": one["dev"]["accuracy"], "parameters": one["parameters"]["trainable"]}
             for method, one in tuned.items()
@@ -379,15 +378,17 @@ def compare_found(folder: Path, sizes: Sizes) -> Figures:
     }
 
 
-def score_all(folder: Path, task: str, methods: Mapping[str, tuple[str, float]], sizes: Sizes) -> Figures:
-    """The test rows' answers of both methods on one task, for every seed."""
+def score_all(folder: Path, task: str, methods: Mapping[str, tuple[str, Sequence[float]]], sizes: Sizes) -> Figures:
+    """The test rows' answers of both methods on one task, for every seed, with the rate its development rows choose."""
     with arena(folder, sizes.model, task, sizes) as home:
         found: Figures = {}
-        for name, (method, lr) in methods.items():
+        for name, (method, rates) in methods.items():
+            lr = home.best_rate(method, rates)
             runs = [home.scored(home.cell(method, lr, seed)) for seed in range(sizes.seeds)]
             found[name] = {
                 "marks": [run["marks"] for run in runs],
                 "accuracy": [run["test"]["accuracy"] for run in runs],
+                "lr": lr,
                 "parameters": int(runs[0]["parameters"]["trainable"]),
                 "seconds": [run["train"]["seconds"] for run in runs],
             }
@@ -416,7 +417,7 @@ def estimate(sizes: Sizes) -> dict[str, float]:
         "searches": 2 * sizes.repeats * sizes.trials * training(sizes.sampler_model, SEARCHED),
         "defaults": len(sizes.defaults) * len(sizes.factors) * one,
         "search": sizes.cost * one * 1.3 + len(sizes.factors) * one,
-        "finals": finals * 1.2,
+        "finals": finals * 1.2 * (1 + (len(sizes.factors) - 1) / sizes.seeds),
     }
 
 

@@ -128,21 +128,21 @@ def found_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]
         f"{sizes['model']}, {sizes['train']} rows to train on, {sizes['dev']} to choose by, at most {sizes['test']:,} "
         f"to test on, {sizes['epochs']:g} epochs, {sizes['seeds']} seeds; searched on sarcasm alone.",
         "",
-        f"Found: `{methods['found']['method']}`, learning rate {methods['found']['lr']:g}. Best default on the "
-        f"development rows: `{methods['default']['method']}`, learning rate {methods['default']['lr']:g}.",
+        f"Found: `{methods['found']}`. Best default on the development rows: `{methods['default']}`.",
         "",
-        *header("task", "found", "best default", "difference, points", "parameters"),
+        *header("task", "found", "best default", "difference, points", "parameters", "learning rates"),
     ]
     for name, task in tasks.items():
+        rates = " / ".join(f"{task[side]['lr']:g}" for side in ("found", "default"))
         lines.append(row(name, *(spread(task[side]["accuracy"]) for side in ("found", "default")),
-                         points(difference([task])), sizes_text(task)))  # fmt: skip
+                         points(difference([task])), sizes_text(task), rates))  # fmt: skip
     means = [
         spread([float(np.mean(one)) for one in zip(*(task[side]["accuracy"] for task in tasks.values()), strict=True)])
         for side in ("found", "default")
     ]
-    lines.append(row("mean of the tasks", *means, points(difference(list(tasks.values()))), ""))
+    lines.append(row("mean of the tasks", *means, points(difference(list(tasks.values()))), "", ""))
     moved = [task for name, task in tasks.items() if name != "sarcasm"]
-    lines.append(row("mean of the two it was moved to", "", "", points(difference(moved)), ""))
+    lines.append(row("mean of the two it was moved to", "", "", points(difference(moved)), "", ""))
     return lines
 
 
