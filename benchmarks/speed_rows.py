@@ -47,6 +47,13 @@ _ADAPTION = (
     (r".*layers\.(\d+)\.self_attn\.adaption_prompt", r"layer\1_self.prompts"),
     (r".*layers\.(\d+)\.self_attn\.adaption_gate", r"layer\1_self.gate"),
 )
+_BOTTLENECKS = (
+    (r".*layer\.(\d+)\.attention\.output\.adapters\.peer\.adapter_down\.0\.(.*)", r"layer\1_attention.adapter.down.\2"),
+    (r".*layer\.(\d+)\.attention\.output\.adapters\.peer\.adapter_up\.(.*)", r"layer\1_attention.adapter.up.\2"),
+    (r".*layer\.(\d+)\.output\.adapters\.peer\.adapter_down\.0\.(.*)", r"layer\1_feedforward.adapter.down.\2"),
+    (r".*layer\.(\d+)\.output\.adapters\.peer\.adapter_up\.(.*)", r"layer\1_feedforward.adapter.up.\2"),
+    (r"classifier\.(.*)", r"head_classifier.copy.\1"),
+)
 
 
 def _prompt(length: int, ratio: float, memory: float) -> Workload:
@@ -91,12 +98,11 @@ WORKLOADS = (
     ),
     Workload(
         "houlsby-minilm", "adapters", "houlsby[size=24,norms=false,activation=swish,start=normal]",
-        {"config": "double_seq_bn"}, 1, 1e-3, 1.0, 1.0, model="minilm",
-        why="the two sides draw their own starts; equal weights give equal outputs (benchmarks/parity.py)",
+        {"config": "double_seq_bn"}, 1, 1e-3, 1.0, 1.0, _BOTTLENECKS, model="minilm",
     ),
     Workload(
-        "pfeiffer-minilm", "adapters", "pfeiffer[size=24]", {"config": "seq_bn"}, 1, 1e-3, 1.0, 1.0, model="minilm",
-        why="the two sides draw their own starts; equal weights give equal outputs (benchmarks/parity.py)",
+        "pfeiffer-minilm", "adapters", "pfeiffer[size=24]", {"config": "seq_bn"}, 1, 1e-3, 1.0, 1.0, _BOTTLENECKS,
+        model="minilm",
     ),
     Workload("evaluate-generate", "generate", "lora[r=8,alpha=16,targets=q,v]", ratio=5.0, why="no training"),
     Workload("evaluate-logits", "logits", "lora[r=8,alpha=16,targets=q,v]", ratio=2.0, why="no training"),

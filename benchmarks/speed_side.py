@@ -63,8 +63,19 @@ def _memory(name: str) -> float:
 class InOrder(hf.Trainer):
     """transformers' Trainer with the rows in the order in which they are given."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.step_losses: list[torch.Tensor] = []
+        """Of each step; some releases round those they log."""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """One step, whose loss is kept."""
+        loss = super().training_step(*args, **options)
+        self.step_losses.append(loss.detach())
+        return loss
 
 
 def by_length(rows: Rows) -> Rows:
@@ -112,11 +123,12 @@ def pad(batch: Rows) -> dict[str, torch.Tensor]:
 
 
 def base(workload: Workload, folder: str) -> Any:
-    """The base model in float32."""
+    """The base model in float32, without dropout: attention reads the configuration's, not a module's."""
     torch.manual_seed(SEED)
     causal = workload.model == "smollm2"
     loader = hf.AutoModelForCausalLM if causal else hf.AutoModelForSequenceClassification
-    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    without = {} if causal else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **without)
 
 
 def finished(trainer: Any, clock: Clock) -> dict[str, Any]:
@@ -124,7 +136,10 @@ def finished(trainer: Any, clock: Clock) -> dict[str, Any]:
     reset_peak()
     loaded = loaded_mb()
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if isinstance(trainer, InOrder):
+        losses = [float(loss) for loss in trainer.step_losses]
+    else:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "epochs": clock.seconds, "peak_mb": peak_mb(), "loaded_mb": loaded}
 
 
