@@ -161,12 +161,22 @@ def ours(workload: Workload, folder: str, rows: Rows, check: bool, state: Path |
         args = arguments(workload, out, check)
         if check:
             args.train_sampling_strategy = "sequential"  # which tt.Trainer follows where it has no budget
-        budget = None if check else BATCH * max(len(row["input_ids"]) for row in rows)  # the peer's largest batch
+        budget = None if check else budget_of([len(row["input_ids"]) for row in rows])
         trainer = tt.Trainer(
             adapter.model, args, adapter=adapter, train_dataset=rows, batch_tokens=budget, pad_id=0, show=False,
             store=store, callbacks=[clock],
         )  # fmt: skip
         return finished(trainer, clock)
+
+
+def budget_of(lengths: list[int]) -> int:
+    """Tokens of the peer's largest batch, or what makes as many steps of an epoch as the peer takes, if that is less."""
+    from trimtab.batches import TokenBatches
+
+    budget = BATCH * max(lengths)
+    while len(TokenBatches(lengths, budget)) < math.ceil(len(lengths) / BATCH):
+        budget -= 1
+    return budget
 
 
 def start_from(adapter: Any, theirs: dict[str, torch.Tensor], workload: Workload) -> None:
