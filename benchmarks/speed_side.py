@@ -170,7 +170,7 @@ def ours(workload: Workload, folder: str, rows: Rows, check: bool, state: Path |
 
 
 def budget_of(lengths: list[int]) -> int:
-    """Tokens of the peer's largest batch, or what makes as many steps an epoch as the peer takes, where that is less."""
+    """Tokens of the peer's largest batch, or what makes as many steps an epoch as the peer takes, if that is less."""
     from trimtab.batches import TokenBatches
 
     budget = BATCH * max(lengths)
