@@ -66,11 +66,13 @@ class Sizes:
     """Trials of a sampler's repeat."""
     repeats: int = 3
     surrogate_repeats: int = 5
+    search_repeats: int = 8
+    """Repeats of whole searches, and of random points beside them."""
 
 
 FULL = Sizes()
 QUICK = Sizes(model="bert-tiny", train=200, dev=100, test=200, epochs=1.0, defaults=("houlsby", "lora"), seeds=2,
-              cost=6.0, trials=10, repeats=2, surrogate_repeats=2)  # fmt: skip
+              cost=6.0, trials=10, repeats=2, surrogate_repeats=2, search_repeats=2)  # fmt: skip
 SEARCHED, OTHERS = "sarcasm", ("reviews", "bbc")
 """The task of the search, and those that what it finds is moved to."""
 
@@ -313,16 +315,17 @@ def curve_of_search(trials: Sequence[Trial], budget: int, bounds: tuple[float, i
 def compare_searches(arena: Arena) -> Figures:
     """Hypervolume curves of whole searches, by the default sampler and by random points, and of random points alone."""
     bounds, sizes = bounds_of(arena), arena.sizes
-    alone = [sample(arena.space, "random", repeat, sizes.trials, arena.tried) for repeat in range(sizes.repeats)]
+    repeats = range(sizes.search_repeats)
+    alone = [sample(arena.space, "random", repeat, sizes.trials, arena.tried) for repeat in repeats]
     found: Figures = {
         "alone": {
             "curves": [curve(one, *bounds) for one in alone],
-            "trials": [sizes.trials] * sizes.repeats,
-            "stopped": [0] * sizes.repeats,
+            "trials": [sizes.trials for _ in repeats],
+            "stopped": [0 for _ in repeats],
         }
     }
     for name in (storage.DEFAULT_SAMPLER, "random"):
-        runs = [whole_search(arena, name, repeat) for repeat in range(sizes.repeats)]
+        runs = [whole_search(arena, name, repeat) for repeat in repeats]
         found[name] = {
             "curves": [curve_of_search(run, sizes.trials, bounds) for run in runs],
             "trials": [len(run) for run in runs],
@@ -417,7 +420,7 @@ def estimate(sizes: Sizes) -> dict[str, float]:
     finals = sum(training(sizes.model, task) for task in (SEARCHED, *OTHERS)) * 2 * sizes.seeds
     return {
         "samplers": 2 * sizes.repeats * sizes.trials * training(sizes.sampler_model, SEARCHED) + 60,
-        "searches": 2 * sizes.repeats * sizes.trials * training(sizes.sampler_model, SEARCHED),
+        "searches": 3 * sizes.search_repeats * sizes.trials * training(sizes.sampler_model, SEARCHED),
         "defaults": len(sizes.defaults) * len(sizes.factors) * one,
         "search": sizes.cost * one * 1.3 + len(sizes.factors) * one,
         "finals": finals * 1.2 * (1 + (len(sizes.factors) - 1) / sizes.seeds),

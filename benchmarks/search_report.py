@@ -69,16 +69,17 @@ def samplers_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[s
 
 def searches_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
     """The hypervolume of whole searches, and of random search with as much training."""
+    ends = {name: np.array([run[-1] for run in one["curves"]]) for name, one in found.items()}
     lines = [
-        f"The same model and rows; each is given the steps of {sizes['trials']} whole trainings.",
+        f"The same model and rows, {sizes['search_repeats']} repeats, each of which is given the steps of "
+        f"{sizes['trials']} whole trainings.",
         "",
-        *header("search", "hypervolume", "of each repeat", "trials", "stopped early"),
+        *header("search", "hypervolume", "against random points", "trials a repeat", "stopped early"),
     ]
     for name, one in found.items():
-        ends = [run[-1] for run in one["curves"]]
-        each = ", ".join(f"{end:.3f}" for end in ends)
-        counts = (" ".join(str(count) for count in one[key]) for key in ("trials", "stopped"))
-        lines.append(row(SEARCHES[name], spread(ends), each, *counts))
+        against = "–" if name == "alone" else interval(paired([ends[name][:, None]], [ends["alone"][:, None]]))
+        counts = (f"{np.mean(one[key]):.0f}" for key in ("trials", "stopped"))
+        lines.append(row(SEARCHES[name], spread(list(ends[name])), against, *counts))
     return lines
 
 
@@ -93,12 +94,12 @@ def draw(found: Mapping[str, Any], searches: Mapping[str, Any], file: Path) -> N
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     real, surrogate = figure.subplots(1, 2)
-    for name, runs in found["real"].items():
+    whole = {name: one["curves"] for name, one in searches.items()}
+    alone = {**found["real"], "random": whole.pop("alone", found["real"]["random"])}
+    for name, runs in alone.items():
         draw_runs(real, runs, name, "-", f"{name} alone")
-    for name, one in searches.items():
-        if name == "alone":  # drawn above
-            continue
-        draw_runs(real, one["curves"], name, "--", f"search, {name}")
+    for name, runs in whole.items():
+        draw_runs(real, runs, name, "--", f"search, {name}")
     for name, runs in found["surrogate"].items():
         draw_runs(surrogate, runs, name, "-", f"{name} alone")
     for axis, title in ((real, "real trials"), (surrogate, "surrogate")):
