@@ -22,7 +22,7 @@ ABOUT, OWNER, START = "about", "owner", "start"
 """Attributes: of the study what it searches, of a trial who runs it, and the name of the method it starts from."""
 SAMPLERS = ("nsga2", "tpe", "gp", "random")
 DEFAULT_SAMPLER = "tpe"
-"""Not found to be better than the others in few trials (docs/search.md), but it knows of trials that are still run."""
+"""In a whole search it finds more than random points do (docs/search.md), and it knows of trials that are still run."""
 STARTUP = 60.0
 """Seconds within which a trial gets its owner."""
 LONGEST = 600.0
