@@ -72,15 +72,20 @@ def searches_table(found: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[s
     ends = {name: np.array([run[-1] for run in one["curves"]]) for name, one in found.items()}
     lines = [
         f"The same model and rows, {sizes['search_repeats']} repeats, each of which is given the steps of "
-        f"{sizes['trials']} whole trainings.",
+        f"{sizes['trials']} whole trainings. Differences: paired bootstrap over repeats.",
         "",
         *header("search", "hypervolume", "against random points", "trials a repeat", "stopped early"),
     ]
     for name, one in found.items():
-        against = "–" if name == "alone" else interval(paired([ends[name][:, None]], [ends["alone"][:, None]]))
+        against = "–" if name == "alone" else interval(_over_repeats(ends[name], ends["alone"]))
         counts = (f"{np.mean(one[key]):.0f}" for key in ("trials", "stopped"))
         lines.append(row(SEARCHES[name], spread(list(ends[name])), against, *counts))
-    return lines
+    against = interval(_over_repeats(ends["tpe"], ends["random"]))
+    return [*lines, "", f"{SEARCHES['tpe']} against {SEARCHES['random']}: {against}."]
+
+
+def _over_repeats(one: Any, other: Any) -> Difference:
+    return paired([one[:, None]], [other[:, None]])
 
 
 def interval(difference: Difference, digits: int = 3) -> str:
@@ -97,11 +102,11 @@ def draw(found: Mapping[str, Any], searches: Mapping[str, Any], file: Path) -> N
     whole = {name: one["curves"] for name, one in searches.items()}
     alone = {**found["real"], "random": whole.pop("alone", found["real"]["random"])}
     for name, runs in alone.items():
-        draw_runs(real, runs, name, "-", f"{name} alone")
+        draw_runs(real, runs, name, "-", f"{name} alone ({len(runs)} repeats)")
     for name, runs in whole.items():
-        draw_runs(real, runs, name, "--", f"search, {name}")
+        draw_runs(real, runs, name, "--", f"search, {name} ({len(runs)})")
     for name, runs in found["surrogate"].items():
-        draw_runs(surrogate, runs, name, "-", f"{name} alone")
+        draw_runs(surrogate, runs, name, "-", f"{name} alone ({len(runs)})")
     for axis, title in ((real, "real trials"), (surrogate, "surrogate")):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("whole trainings")

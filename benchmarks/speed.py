@@ -295,13 +295,17 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def machine(facts: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
     """What it was measured on and with."""
-    versions = {name: version for one in found for name, version in one["versions"]["peer"].items()}
-    listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    sides = {text(one["versions"][side]) for one in found for side in ("peer", "ours")}
     return [
-        f"{facts['processor']}, {facts['threads']} threads, {facts['gemm']:.0f} GFLOP/s in a float32 matrix product; "
-        f"{facts['rows']} training rows in batches of {BATCH}; peers: {listed}; "
-        f"each in {facts['pairs']} alternating pair{'s' if facts['pairs'] > 1 else ''} of runs."
+        f"{facts['processor']}, {facts['threads']} threads, {facts['gemm']:.0f} GFLOP/s in a float32 matrix product at "
+        f"the last run; {facts['rows']} training rows in batches of {BATCH}; each in {facts['pairs']} alternating "
+        f"pair{'s' if facts['pairs'] > 1 else ''} of runs. Environments: {'; '.join(sorted(sides))}."
     ]
+
+
+def text(versions: dict[str, str]) -> str:
+    """An environment's packages."""
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
 def draw(found: Sequence[dict[str, Any]], file: Path) -> None:

@@ -880,7 +880,7 @@ def test_help_loads_little(args):
             assert not stop.code
         heavy = {{"torch", "transformers", "datasets", "rich", "matplotlib", "numpy", "yaml"}} & set(sys.modules)
         assert not heavy, heavy
-        assert len(sys.modules) < 400, len(sys.modules)
+        assert len(sys.modules) < 330, len(sys.modules)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -264,7 +264,7 @@ def test_every_method_trains_and_comes_back(base: str, data: str, tmp_path: Path
     ("family", "method"),
     [
         ("dinov2", "llama-adapter[length=3]|head"),
-        ("dinov2", "full"),
+        ("clip_vision_model", "full"),
         ("clip", "llama-adapter[length=3]|head"),
         ("clip", "lora[r=2]"),
         ("clip_vision_model", "llama-adapter[length=3]|head"),
