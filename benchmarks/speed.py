@@ -295,7 +295,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def machine(facts: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
     """What it was measured on and with."""
-    sides = {text(one["versions"][side]) for one in found for side in ("peer", "ours")}
+    sides = {packages(one["versions"][side]) for one in found for side in ("peer", "ours")}
     return [
         f"{facts['processor']}, {facts['threads']} threads, {facts['gemm']:.0f} GFLOP/s in a float32 matrix product at "
         f"the last run; {facts['rows']} training rows in batches of {BATCH}; each in {facts['pairs']} alternating "
@@ -303,7 +303,7 @@ def machine(facts: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]
     ]
 
 
-def text(versions: dict[str, str]) -> str:
+def packages(versions: dict[str, str]) -> str:
     """An environment's packages."""
     return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
